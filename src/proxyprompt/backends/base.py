@@ -1,0 +1,186 @@
+"""What ProxyPrompt asks of a model: batches of requests in, blocks of results out.
+
+Two capabilities, two protocols. A :class:`Scorer` gives the log-probability of each candidate
+continuation of a prompt; a :class:`Generator` gives text. A backend may be both.
+
+A backend sees the whole batch and may answer in any order and in blocks of any size, because it knows
+best what is cheap: a local engine shares prefixes, a remote one bounds its concurrency. It *yields* each
+block as soon as it is complete and computes the next one only when asked, so that whoever consumes the
+iterator can make a block durable before anything more is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat turn."""
+
+    role: Role
+    content: str
+
+
+Rendered: TypeAlias = str | tuple[Message, ...]
+"""A prompt ready to send: plain text for completion, turns for chat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call as the model's own tokenizer or the provider counts them.
+
+    ``prompt_tokens`` counts the whole prompt, whether or not an engine shared its prefix; ``cached_tokens``
+    is the part that a provider bills as cached input.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Ask for ``log P(candidate | prompt)`` of every candidate.
+
+    Parameters
+    ----------
+    prompt : str or tuple of Message
+        What stands before the candidate. With chat turns the model's own template is applied and the
+        candidate is the beginning of the assistant's turn.
+    candidates : tuple of str
+        Exact continuations, white space included (``" billing"``).
+    """
+
+    prompt: Rendered
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """Answer to a :class:`ScoreRequest`.
+
+    Attributes
+    ----------
+    logprobs : tuple of float or None
+        Natural-log probability of each candidate, summed over its tokens; higher is more likely. Where
+        ``censored`` is true it is an upper bound. ``None`` where the model gave nothing.
+    censored : tuple of bool
+        Whether the entry is only an upper bound (label outside the listed top log-probabilities).
+    usage : Usage
+    error : str or None
+        Why the whole call has no answer; the values are then all ``None`` (missing, never zero).
+    model_returned : str or None
+        The model's name as the server reports it.
+    """
+
+    logprobs: tuple[float | None, ...]
+    censored: tuple[bool, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    error: str | None = None
+    model_returned: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Ask for a continuation at temperature 0, at most ``max_tokens`` long, cut before any of ``stop``."""
+
+    prompt: Rendered
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """Answer to a :class:`GenerateRequest`; ``text`` is ``None`` when ``error`` says why."""
+
+    text: str | None
+    usage: Usage = field(default_factory=Usage)
+    error: str | None = None
+    model_returned: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a batch would cost a local engine, known before it runs.
+
+    ``distinct_tokens`` is the number of nodes of the token trie of the batch, ``naive_tokens`` what one
+    full pass per (prompt, candidate) pair would compute.
+    """
+
+    n_requests: int
+    distinct_tokens: int
+    naive_tokens: int
+
+
+OnSend: TypeAlias = Callable[[Sequence[int]], None]
+"""Called with the batch indices of requests immediately before they leave (or are computed)."""
+
+OnTokens: TypeAlias = Callable[[int], None]
+"""Called with the number of tokens computed since the last call; drives progress bars."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What every backend can say of itself."""
+
+    @property
+    def name(self) -> str:
+        """Name a person recognises, e.g. ``embedded:smollm2-135m``."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the answers besides the request; JSON values only, no secrets.
+
+        Goes into the ledger key: provider, endpoint, model, revision or weight hash, dtype, template.
+        Must be known without loading weights, so that a fully recorded run loads none.
+        """
+        ...
+
+
+@runtime_checkable
+class Scorer(Backend, Protocol):
+    """Gives log-probabilities of candidate continuations."""
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        on_send: OnSend | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
+        """Yield blocks of ``(index into requests, result)``, each index exactly once, in any order."""
+        ...
+
+
+@runtime_checkable
+class Generator(Backend, Protocol):
+    """Gives text."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        on_send: OnSend | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> Iterator[Sequence[tuple[int, GenerateResult]]]:
+        """Yield blocks of ``(index into requests, result)``, each index exactly once, in any order."""
+        ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A local backend that can price a batch in tokens before running it, and count tokens of a text."""
+
+    def plan(self, requests: Sequence[ScoreRequest]) -> Plan:
+        """Count tokens without running the network."""
+        ...
+
+    def count_tokens(self, prompt: Rendered) -> int:
+        """Tokens of one rendered prompt, special tokens included."""
+        ...

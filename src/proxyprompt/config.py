@@ -1,0 +1,297 @@
+"""Run configurations in TOML: read, checked completely before any model is loaded.
+
+::
+
+    title = "Support routing"
+    output = "out"
+    tau = 0.9
+    confidence = 0.95
+    seed = 0
+
+    [prompt]                       # or: file = "prompt.json"
+    instruction = "..."
+    demonstration_template = "Message: {input}\\nTeam: {output}"
+    demonstrations = "demonstrations.jsonl"
+
+    [queries]
+    file = "queries.jsonl"         # rows may name their split; or explain/select/sealed = "..." each
+    sizes = {explain = 40, select = 60, sealed = 120}
+
+    [task]
+    kind = "label"
+    labels = ["billing", "delivery"]
+
+    [target]
+    model = "embedded:gemma-3-270m"
+
+    [[proxies]]
+    model = "embedded:smollm2-135m"
+
+    [budget]
+    target_calls = 20000
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .backends.base import Backend, Generator, Scorer
+from .data import (
+    SPLIT_NAMES,
+    Splits,
+    load_demonstrations,
+    load_queries,
+    prompt_from_mapping,
+    read_text,
+    split_queries,
+)
+from .data import _json as parse_json
+from .errors import ConfigError, DataError, InputError
+from .models import open_model
+from .prompt import FewShotPrompt
+from .settings import Settings
+from .task import LabelTask, Task, TextTask
+
+__all__ = ["RunConfig", "load_config"]
+
+_SECTIONS: dict[str, frozenset[str]] = {
+    "": frozenset({"title", "output", "tau", "confidence", "seed"}),
+    "prompt": frozenset(
+        "file demonstrations instruction demonstration_template query_template separator style answer_style".split()
+    ),
+    "queries": frozenset({"file", "sizes", *SPLIT_NAMES}),
+    "task": frozenset({"kind", "labels", "metric", "max_tokens", "stop"}),
+    "screening": frozenset(
+        {"method", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
+    ),
+    "attribution": frozenset({"proxy_coalitions", "oracle_queries"}),
+    "clean": frozenset({"enabled", "level"}),
+    "compress": frozenset({"max_evaluations", "keep"}),
+    "budget": frozenset({"target_calls", "target_tokens"}),
+    "price": frozenset({"input_per_million", "source"}),
+    "report": frozenset({"text"}),
+}
+_RENAMED = {
+    ("screening", "method"): "screening_method",
+    ("screening", "tau"): "screening_tau",
+    ("screening", "delta"): "screening_delta",
+    ("screening", "block"): "screening_block",
+    ("clean", "enabled"): "clean",
+    ("clean", "level"): "clean_level",
+    ("price", "input_per_million"): "price_input_per_million",
+    ("price", "source"): "price_source",
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration: everything a run needs, models named but not loaded."""
+
+    title: str
+    output: Path
+    prompt: FewShotPrompt
+    task: Task
+    splits: Splits
+    target: Backend
+    proxies: tuple[Backend, ...]
+    settings: Settings
+    report_text: Literal["all", "removed", "none"] = "removed"
+    notes: tuple[str, ...] = field(default=())
+
+
+def load_config(path: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> RunConfig:
+    """Read and check a configuration file.
+
+    Parameters
+    ----------
+    path : path
+        TOML; paths inside are relative to its folder.
+    output : path, optional
+        Overrides the output folder.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelSpecError
+        With section, key, value, rule and remedy. Nothing has been loaded or written.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: malformed TOML ({error}).") from error
+    except DataError as error:
+        raise ConfigError(error.message, hint=error.hint) from error
+    return config_from_mapping(raw, folder=path.parent, where=str(path), output=output)
+
+
+def config_from_mapping(
+    raw: Mapping[str, Any], *, folder: Path, where: str = "config", output: str | os.PathLike[str] | None = None
+) -> RunConfig:
+    """Check a configuration that is already parsed; see :func:`load_config`."""
+    _known_keys(raw, where)
+    settings = _settings(raw, where)
+    prompt = _prompt(raw.get("prompt"), folder, where)
+    rng = np.random.default_rng([settings.seed, 7])
+    splits = _splits(raw.get("queries"), folder, where, rng)
+    task = _task(raw.get("task", {}), prompt, splits, where)
+    task.validate(prompt.demonstrations, (q for queries in splits.values() for q in queries))
+    _keep_known(settings, prompt)
+    for query in (q for queries in splits.values() for q in queries[:1]):
+        prompt.render(np.zeros(prompt.n_units, dtype=bool).tolist(), query)
+    target = _model(raw.get("target"), "target", folder, where, task)
+    proxies = raw.get("proxies", [])
+    if not isinstance(proxies, list):
+        raise ConfigError(f"{where}: proxies must be tables written [[proxies]]; got {type(proxies).__name__}.")
+    text = raw.get("report", {}).get("text", "removed")
+    if text not in ("all", "removed", "none"):
+        raise ConfigError(f"{where}: report.text: got {text!r}; allowed: all, removed, none.")
+    opened = tuple(_model(p, f"proxies[{i}]", folder, where, task) for i, p in enumerate(proxies))
+    names = [b.name for b in opened]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: proxies: {names} names a model twice.")
+    out = Path(output) if output is not None else folder / str(raw.get("output", "proxyprompt-out"))
+    return RunConfig(
+        title=str(raw.get("title", "Few-shot prompt")),
+        output=out,
+        prompt=prompt,
+        task=task,
+        splits=splits,
+        target=target,
+        proxies=opened,
+        settings=settings,
+        report_text=text,
+        notes=_notes(prompt, splits),
+    )
+
+
+def _known_keys(raw: Mapping[str, Any], where: str) -> None:
+    for key, value in raw.items():
+        if key in _SECTIONS[""] or key in ("target", "proxies"):
+            continue
+        if key not in _SECTIONS:
+            known = ", ".join(sorted([*_SECTIONS[""], *(s for s in _SECTIONS if s), "target", "proxies"]))
+            raise ConfigError(f"{where}: unknown key {key!r}; known: {known}.")
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key} must be a table; got {value!r}.")
+        unknown = sorted(set(value) - _SECTIONS[key])
+        if unknown:
+            raise ConfigError(f"{where}: [{key}]: unknown keys {unknown}; known: {', '.join(sorted(_SECTIONS[key]))}.")
+
+
+def _settings(raw: Mapping[str, Any], where: str) -> Settings:
+    values: dict[str, Any] = {k: raw[k] for k in ("tau", "confidence", "seed") if k in raw}
+    for section in ("screening", "attribution", "clean", "compress", "budget", "price"):
+        for key, value in raw.get(section, {}).items():
+            values[_RENAMED.get((section, key), key)] = value
+    keep = values.get("keep", ())
+    if not isinstance(keep, list | tuple) or not all(isinstance(k, str) for k in keep):
+        raise ConfigError(f"{where}: compress.keep must be a list of ids; got {keep!r}.")
+    try:
+        return Settings(**values)
+    except InputError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _prompt(section: Any, folder: Path, where: str) -> FewShotPrompt:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: no [prompt].", hint="Name demonstrations and a template, or a prompt file.")
+    values: dict[str, Any] = {}
+    if "file" in section:
+        stored = parse_json(read_text(folder / str(section["file"])), str(folder / str(section["file"])))
+        if not isinstance(stored, Mapping):
+            raise ConfigError(f"{where}: prompt.file: {section['file']!r} is not a JSON object.")
+        values.update({k: v for k, v in stored.items() if k != "labels"})
+    values.update({k: v for k, v in section.items() if k not in ("file", "demonstrations")})
+    rows = folder / str(section["demonstrations"]) if "demonstrations" in section else None
+    if rows is None and isinstance(values.get("demonstrations"), str):
+        rows = folder / values["demonstrations"]
+    prompt = prompt_from_mapping({k: v for k, v in values.items() if k != "demonstrations" or rows is None}, demonstrations=rows)
+    if prompt.n_units == 0:
+        raise ConfigError(f"{where}: prompt: no demonstrations; there is nothing to attribute.")
+    return prompt
+
+
+def _splits(section: Any, folder: Path, where: str, rng: np.random.Generator) -> Splits:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: no [queries].", hint="Name a file of labelled queries.")
+    named = [name for name in SPLIT_NAMES if name in section]
+    sizes = section.get("sizes")
+    if sizes is not None:
+        ok = isinstance(sizes, Mapping) and set(sizes) <= set(SPLIT_NAMES)
+        if not ok or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in sizes.values()):
+            raise ConfigError(f"{where}: queries.sizes: got {sizes!r}; whole numbers for {', '.join(SPLIT_NAMES)}.")
+    if ("file" in section) == bool(named):
+        raise ConfigError(f"{where}: [queries] needs either file, or one file for each of {', '.join(SPLIT_NAMES)}.")
+    if named:
+        parts = {}
+        for name in SPLIT_NAMES:
+            if name not in section:
+                raise ConfigError(f"{where}: [queries] has no {name!r}; all three splits are needed.")
+            parts[name] = [q for q, _ in load_queries(folder / str(section[name]))]
+        return Splits({k: v[: sizes[k]] if sizes and k in sizes else v for k, v in parts.items()})
+    return split_queries(load_queries(folder / str(section["file"])), sizes=sizes, rng=rng)
+
+
+def _task(section: Mapping[str, Any], prompt: FewShotPrompt, splits: Splits, where: str) -> Task:
+    kind = section.get("kind", "label")
+    if kind not in ("label", "choice", "text"):
+        raise ConfigError(f"{where}: task.kind: got {kind!r}; allowed: label, choice, text.")
+    try:
+        if kind == "text":
+            given = {k: section[k] for k in ("metric", "max_tokens", "stop") if k in section}
+            return TextTask(**given)
+        if kind == "choice":
+            return LabelTask(None)
+        labels = section.get("labels")
+        if labels is not None and (not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)):
+            raise ConfigError(f"{where}: task.labels must be a list of texts; got {labels!r}.")
+        return LabelTask(tuple(labels) if labels is not None else _labels_of(prompt, splits))
+    except InputError as error:
+        raise ConfigError(f"{where}: [task]: {error.message}", hint=error.hint) from error
+
+
+def _labels_of(prompt: FewShotPrompt, splits: Splits) -> tuple[str, ...] | None:
+    """Labels where the configuration names none.
+
+    The rows' own choices, if every row has the same; per-query choices (``None``), if they differ; else the
+    labels in use, in order of first appearance.
+    """
+    rows = [*prompt.demonstrations, *(q for queries in splits.values() for q in queries)]
+    offered = {tuple(sorted(row.choices)) for row in rows if row.choices is not None}
+    if all(row.choices is not None for row in rows):
+        return rows[0].choices if len(offered) == 1 else None
+    found = [d.output for d in prompt.demonstrations] + [q.reference for qs in splits.values() for q in qs]
+    return tuple(dict.fromkeys(found))
+
+
+def _keep_known(settings: Settings, prompt: FewShotPrompt) -> None:
+    unknown = sorted(set(settings.keep) - {d.id for d in prompt.demonstrations})
+    if unknown:
+        raise ConfigError(f"compress.keep: {unknown} name no demonstration of the prompt.")
+
+
+def _model(section: Any, name: str, folder: Path, where: str, task: Task) -> Backend:
+    if not isinstance(section, Mapping) or not isinstance(section.get("model"), str):
+        raise ConfigError(f"{where}: {name}: no model.", hint='Write model = "embedded:gemma-3-270m".')
+    backend = open_model(section["model"], folder=folder, options={k: v for k, v in section.items() if k != "model"})
+    needed: Any = Generator if isinstance(task, TextTask) else Scorer
+    if not isinstance(backend, needed):
+        raise ConfigError(f"{where}: {name}: {section['model']!r} cannot do a {task.kind} task.")
+    return backend
+
+
+def _notes(prompt: FewShotPrompt, splits: Splits) -> tuple[str, ...]:
+    shown = {tuple(sorted(d.inputs.items())) for d in prompt.demonstrations}
+    both = [q.id for qs in splits.values() for q in qs if tuple(sorted(q.inputs.items())) in shown]
+    if not both:
+        return ()
+    return (
+        f"{len(both)} queries have the text of a demonstration (first: {both[0]!r}); they flatter that demonstration.",
+    )

@@ -1,0 +1,316 @@
+"""Few-shot prompts as data: demonstrations, queries, templates, and single-pass rendering.
+
+A template is split once into literal text and field names; values are then joined between the literals and
+never looked at again. Braces, Jinja tags, ``%s`` or anything else inside a demonstration or a query
+therefore stay what they are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+from .backends.base import Message, Rendered
+from .errors import DataError, InputError
+
+__all__ = ["Demonstration", "FewShotPrompt", "Query", "Template"]
+
+Style: TypeAlias = Literal["completion", "chat"]
+AnswerStyle: TypeAlias = Literal["text", "letter"]
+
+_FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One in-context example: the player that attributions are about.
+
+    Parameters
+    ----------
+    id : str
+        Unique within its prompt.
+    inputs : mapping of str to str
+        Values of the template's fields, usually just ``{"input": ...}``.
+    output : str
+        The answer shown to the model.
+    choices : tuple of str, optional
+        The answers offered by a multiple-choice demonstration.
+    """
+
+    id: str
+    inputs: Mapping[str, str]
+    output: str
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """One evaluation input with its reference answer.
+
+    Parameters
+    ----------
+    id : str
+        Unique over all splits.
+    inputs : mapping of str to str
+        Values of the template's fields.
+    reference : str
+        The right answer.
+    choices : tuple of str, optional
+        The answers offered, for multiple choice.
+    references : tuple of str, optional
+        Every accepted answer of a text task; ``reference`` is always accepted.
+    """
+
+    id: str
+    inputs: Mapping[str, str]
+    reference: str
+    choices: tuple[str, ...] | None = None
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Template:
+    """Literal text with ``{field}`` slots; ``{{`` and ``}}`` stand for single braces.
+
+    Parameters
+    ----------
+    text : str
+
+    Raises
+    ------
+    InputError
+        On a lone brace, or a slot that is not an identifier (``{a.b}``, ``{0}``, ``{x!r}``).
+    """
+
+    text: str
+    parts: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        parts: list[tuple[str, str | None]] = []
+        literal, last = "", 0
+        for match in _FIELD.finditer(self.text):
+            literal += self.text[last : match.start()]
+            last = match.end()
+            if match.group() in ("{{", "}}"):
+                literal += match.group()[0]
+            elif match.group(1) is None:
+                raise InputError(
+                    f"template: a lone {match.group()!r} at character {match.start()} of {self.text!r};"
+                    " a slot is {name}.",
+                    hint="Write {{ or }} for a brace that is meant as text.",
+                )
+            else:
+                parts.append((literal, match.group(1)))
+                literal = ""
+        parts.append((literal + self.text[last:], None))
+        object.__setattr__(self, "parts", tuple(parts))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the slots, in order."""
+        return tuple(name for _, name in self.parts if name is not None)
+
+    def render(self, values: Mapping[str, str], *, what: str = "value") -> str:
+        """Put ``values`` into the slots, once."""
+        out: list[str] = []
+        for literal, name in self.parts:
+            out.append(literal)
+            if name is not None:
+                if name not in values:
+                    raise DataError(
+                        f"{what}: the template needs a field {name!r}, which is missing;"
+                        f" given: {', '.join(sorted(values)) or 'nothing'}."
+                    )
+                out.append(values[name])
+        return "".join(out)
+
+
+@dataclass(frozen=True)
+class FewShotPrompt:
+    """An instruction, demonstrations in a fixed order, and a slot for the query.
+
+    Parameters
+    ----------
+    demonstrations : sequence of Demonstration
+        Kept in this order by every coalition.
+    instruction : str
+        Text before the demonstrations (completion) or the system turn (chat); may be empty.
+    demonstration_template : str
+        Slots for the fields of a demonstration and exactly one ``{output}``, e.g.
+        ``"Message: {input}\\nTeam: {output}"``. ``{choices}`` lists the offered answers with letters.
+    query_template : str, optional
+        Default: the demonstration template up to ``{output}``, white space before it removed.
+    separator : str
+        Between the parts of a completion prompt.
+    style : {"completion", "chat"}
+        One text, or turns (user: query template; assistant: the output).
+    answer_style : {"text", "letter"}
+        Whether an answer is written out, or given as the letter of its choice.
+
+    Notes
+    -----
+    In a completion prompt the white space between the query and the answer belongs to the answer
+    (``answer_prefix``, usually one space), because tokenizers join it to the following word.
+    """
+
+    demonstrations: tuple[Demonstration, ...]
+    instruction: str = ""
+    demonstration_template: str = "Input: {input}\nOutput: {output}"
+    query_template: str | None = None
+    separator: str = "\n\n"
+    style: Style = "completion"
+    answer_style: AnswerStyle = "text"
+    _query: Template = field(init=False, repr=False, compare=False)
+    _prefix: str = field(init=False, repr=False, compare=False)
+    _blocks: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "demonstrations", tuple(self.demonstrations))
+        _one_of("style", self.style, ("completion", "chat"))
+        _one_of("answer_style", self.answer_style, ("text", "letter"))
+        _unique_ids(self.demonstrations)
+        template = Template(self.demonstration_template)
+        if template.fields.count("output") != 1:
+            raise InputError(
+                f"demonstration_template: {self.demonstration_template!r} has"
+                f" {template.fields.count('output')} slots {{output}}; exactly one is needed.",
+                hint="Example: 'Message: {input}\\nTeam: {output}'.",
+            )
+        before = self.demonstration_template[: _slot_position(self.demonstration_template, "output")]
+        object.__setattr__(self, "_prefix", before[len(before.rstrip()) :])
+        query = Template(self.query_template if self.query_template is not None else before.rstrip())
+        if "output" in query.fields:
+            raise InputError(f"query_template: {query.text!r} must not hold {{output}}; it ends where the answer begins.")
+        object.__setattr__(self, "_query", query)
+        object.__setattr__(self, "_blocks", tuple(self._render_demonstration(d, template) for d in self.demonstrations))
+
+    @property
+    def n_units(self) -> int:
+        """Number of demonstrations."""
+        return len(self.demonstrations)
+
+    @property
+    def answer_prefix(self) -> str:
+        """What stands between a rendered query and its answer (empty in chat)."""
+        return self._prefix if self.style == "completion" else ""
+
+    def candidate(self, answer: str, choices: Sequence[str] | None = None) -> str:
+        """The exact continuation that stands for ``answer``: with its prefix, or as the choice's letter."""
+        return self.answer_prefix + self._shown(answer, choices, "answer")
+
+    def render(self, coalition: Sequence[bool] | None, query: Query) -> Rendered:
+        """The prompt for one query with only the demonstrations of the coalition.
+
+        Parameters
+        ----------
+        coalition : sequence of bool, shape (n_units,), or None
+            Which demonstrations to keep; ``None`` keeps all. Order never changes.
+        query : Query
+
+        Returns
+        -------
+        str or tuple of Message
+        """
+        kept = self._kept(coalition)
+        text = self._query.render(self._fields(query.inputs, query.choices), what=f"query {query.id!r}")
+        if self.style == "completion":
+            return self.separator.join([*([self.instruction] if self.instruction else []), *kept, text])
+        turns = [Message("system", self.instruction)] if self.instruction else []
+        return (*turns, *(turn for pair in kept for turn in pair), Message("user", text))
+
+    def subset(self, coalition: Sequence[bool]) -> FewShotPrompt:
+        """The same prompt with only the demonstrations of the coalition, order kept."""
+        self._kept(coalition)
+        return replace(self, demonstrations=tuple(d for d, k in zip(self.demonstrations, coalition, strict=True) if k))
+
+    def keep(self, ids: Sequence[str]) -> FewShotPrompt:
+        """The same prompt with only the named demonstrations, in the prompt's own order."""
+        unknown = sorted(set(ids) - {d.id for d in self.demonstrations})
+        if unknown:
+            raise InputError(f"ids: {unknown} name no demonstration of this prompt.")
+        return self.subset([d.id in set(ids) for d in self.demonstrations])
+
+    def to_messages(self, query: Query) -> list[dict[str, str]]:
+        """The full prompt as the message dictionaries that chat APIs take."""
+        rendered = self.render(None, query)
+        if isinstance(rendered, str):
+            return [{"role": "user", "content": rendered}]
+        return [{"role": m.role, "content": m.content} for m in rendered]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form; :meth:`from_dict` is its inverse."""
+        return {
+            "instruction": self.instruction,
+            "demonstration_template": self.demonstration_template,
+            "query_template": self.query_template,
+            "separator": self.separator,
+            "style": self.style,
+            "answer_style": self.answer_style,
+            "demonstrations": [
+                {"id": d.id, "inputs": dict(d.inputs), "output": d.output}
+                | ({"choices": list(d.choices)} if d.choices is not None else {})
+                for d in self.demonstrations
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FewShotPrompt:
+        """Read what :meth:`to_dict` wrote, or a prompt file (see :func:`proxyprompt.data.load_prompt`)."""
+        from .data import prompt_from_mapping
+
+        return prompt_from_mapping(data)
+
+    def _kept(self, coalition: Sequence[bool] | None) -> list[Any]:
+        if coalition is None:
+            return list(self._blocks)
+        if len(coalition) != self.n_units:
+            raise InputError(f"coalition: {len(coalition)} entries for {self.n_units} demonstrations; one each is needed.")
+        return [block for block, keep in zip(self._blocks, coalition, strict=True) if keep]
+
+    def _render_demonstration(self, demo: Demonstration, template: Template) -> Any:
+        what = f"demonstration {demo.id!r}"
+        values = self._fields(demo.inputs, demo.choices)
+        shown = self._shown(demo.output, demo.choices, what)
+        if self.style == "chat":
+            return (Message("user", self._query.render(values, what=what)), Message("assistant", shown))
+        return template.render({**values, "output": shown}, what=what)
+
+    def _fields(self, inputs: Mapping[str, str], choices: Sequence[str] | None) -> dict[str, str]:
+        values = dict(inputs)
+        if choices is not None and "choices" not in values:
+            values["choices"] = "\n".join(f"{LETTERS[i]}. {c}" for i, c in enumerate(choices))
+        return values
+
+    def _shown(self, answer: str, choices: Sequence[str] | None, what: str) -> str:
+        if self.answer_style == "text":
+            return answer
+        if choices is None or answer not in choices:
+            raise DataError(
+                f"{what}: answer_style='letter' needs the answer {answer!r} among its choices; got {choices!r}."
+            )
+        return LETTERS[list(choices).index(answer)]
+
+
+def _slot_position(text: str, name: str) -> int:
+    for match in _FIELD.finditer(text):
+        if match.group(1) == name:
+            return match.start()
+    raise AssertionError("the caller has counted the slots")
+
+
+def _unique_ids(demonstrations: Sequence[Demonstration]) -> None:
+    seen: set[str] = set()
+    for demo in demonstrations:
+        if demo.id in seen:
+            raise DataError(f"demonstrations: the id {demo.id!r} is used twice; ids are unique.")
+        if demo.choices is not None and len(demo.choices) > len(LETTERS):
+            raise DataError(f"demonstration {demo.id!r}: {len(demo.choices)} choices; at most {len(LETTERS)}.")
+        seen.add(demo.id)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}.")

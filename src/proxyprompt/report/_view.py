@@ -1,0 +1,287 @@
+"""What all three reports say: the checked summary plus the figures and sentences derived from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from . import _text as t
+from ._schema import read
+
+__all__ = ["build", "performance_format"]
+
+_STATUS = {
+    "certified": ("Certified", "good"),
+    "not_certified": ("Not certified", "warn"),
+    "unchanged": ("Prompt unchanged", "calm"),
+}
+
+_DECISIONS = {"accepted": "good", "rejected": "warn", "undecided": "calm", "not_tested": "calm"}
+
+_GROUPS = (
+    (False, "harmful", "Harmful on these queries", "Answers get better without them. They may well be honest examples."),
+    (False, "redundant", "Redundant", "They cost tokens and add nothing that the kept ones do not give."),
+    (False, "unclear", "Effect too small to tell", "Removed to save tokens; no effect could be told from noise."),
+    (False, "useful", "Useful, but not needed to hold the line", "They help a little; the target holds without them."),
+    (True, "useful", "Useful", "They earn their tokens."),
+    (True, "unclear", "Unclear", "No effect could be told from noise, so they stay."),
+    (True, "redundant", "Redundant, kept all the same", "Removing them as well was not shown to be safe for accuracy."),
+    (True, "harmful", "Suspected harmful, kept all the same", "Flagged, but not confirmed on the target."),
+)
+
+_PERCENT_NAMES = {"accuracy", "exact match", "exact_match", "balanced accuracy"}
+
+
+def performance_format(name: str) -> Callable[[float | None], str]:
+    """Per cent for accuracies, three decimals for any other metric."""
+    return t.percent if name.lower() in _PERCENT_NAMES else t.fixed
+
+
+def build(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Check ``summary`` and add what the renderers share.
+
+    Returns
+    -------
+    dict
+        The checked summary and ``status``, ``figures``, ``groups``, ``explained``, ``certificate_sentences``,
+        ``sequence``, ``proxies``, ``money_sentences``, ``crr_sentence``, ``settings_rows``.
+    """
+    view = read(summary)
+    label, tone = _STATUS[view["verdict"]["status"]]
+    view["status"] = {"label": label, "tone": tone}
+    view["n_removed"] = sum(not d["kept"] for d in view["demonstrations"])
+    view["figures"] = _figures(view)
+    view["groups"] = _groups(view["demonstrations"])
+    view["explained"] = _explained(view)
+    view["certificate_sentences"] = _certificate(view)
+    view["sequence"] = _sequence(view)
+    view["prompts"] = _prompts(view)
+    view["proxies"] = [_proxy(p) for p in (view["screening"] or {"proxies": []})["proxies"]]
+    view["money_sentences"] = _money(view["cost"])
+    view["crr_sentence"] = _crr(view["cost"]["crr"])
+    view["settings_rows"] = _rows(view["settings"])
+    view["versions_rows"] = _rows(view["versions"])
+    return view
+
+
+def proposed(view: Mapping[str, Any]) -> bool:
+    """Whether the smaller prompt is a proposal that is not shipped."""
+    return bool(view["verdict"]["status"] == "not_certified" and view["n_removed"])
+
+
+def _figures(view: dict[str, Any]) -> list[dict[str, str]]:
+    before, after, cost = view["before"], view["after"], view["cost"]
+    show = performance_format(view["performance_name"])
+    full, small = before["performance"], after["performance"]
+    maybe = " (proposal)" if proposed(view) else ""
+    n_before, n_after = before["n_demonstrations"], after["n_demonstrations"]
+    removed = None if n_before is None or n_after is None else n_before - n_after
+    sealed = "sealed " if view["certificate"] else ""
+    saved = cost["saved_share"]
+    tokens = [t.count(before["tokens"]), t.count(after["tokens"])]
+    priced = cost["money"]
+    return [
+        {
+            "label": "Demonstrations" + maybe,
+            "before": t.count(n_before),
+            "after": t.count(n_after),
+            "note": f"{t.count(removed)} removed ({t.share(removed / n_before)})" if removed and n_before else "none removed",
+        },
+        {
+            "label": view["performance_name"][:1].upper() + view["performance_name"][1:] + maybe,
+            "before": show(full["value"]),
+            "after": show(small["value"]),
+            "note": f"95\u00a0% interval {t.interval(show(small['low']), show(small['high']))}, on "
+            f"{t.count(small['n'])} {sealed}queries",
+        },
+        {
+            "label": "Prompt tokens saved per call",
+            "before": "",
+            "after": t.share(saved),
+            "note": f"{tokens[0]} \u2192 {tokens[1]} tokens" if before["tokens"] is not None else "tokens not counted",
+        },
+        {
+            "label": "Paid for itself after",
+            "before": "",
+            "after": t.plural(cost["break_even_calls"], "call") if cost["break_even_calls"] is not None else "\u2013",
+            "note": _pays(cost, priced),
+        },
+    ]
+
+
+def _pays(cost: Mapping[str, Any], priced: Mapping[str, Any] | None) -> str:
+    if cost["break_even_calls"] is None:
+        return "nothing is saved per call" if not cost["saved_tokens_per_call"] else "not computed"
+    if priced is None:
+        return "in tokens; no prices given"
+    return f"then saves {t.money(priced['saved_per_thousand_calls'], priced['currency'])} per 1,000 calls"
+
+
+def _groups(demonstrations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups = []
+    for kept, verdict, title, meaning in _GROUPS:
+        rows = [d for d in demonstrations if d["kept"] is kept and d["verdict"] == verdict]
+        rows.sort(key=lambda d: (d["attribution"] is None, d["attribution"] or 0.0), reverse=kept and verdict == "useful")
+        for d in rows:
+            d["checked"] = _confirmation(d["confirmation"])
+            d["credit"] = f"{t.signed(d['attribution'])} \u00b1 {t.fixed(d['standard_error'])}"
+        if rows:
+            groups.append({"kept": kept, "verdict": verdict, "title": title, "meaning": meaning, "rows": rows})
+    return groups
+
+
+def _confirmation(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    outcome = "confirmed" if found["confirmed"] else "not confirmed"
+    return (
+        f"Checked on the target: {outcome} (difference {t.signed(found['difference'])} \u00b1 "
+        f"{t.fixed(found['standard_error'])}, {t.p_value(found['p_value'])})."
+    )
+
+
+def _explained(view: dict[str, Any]) -> str:
+    who = view["explained_by"]
+    how = "measured on the target model" if who["role"] == "target" else "estimated with the proxy model"
+    return f"Attributions were {how} {who['name']}. {who['why']}".strip()
+
+
+def _certificate(view: dict[str, Any]) -> list[str]:
+    found = view["certificate"]
+    if found is None:
+        return []
+    name, show = view["performance_name"], performance_format(view["performance_name"])
+    level = t.share(found["level"])
+    passed = found["decision"] == "certified"
+    rule = f"loses at most {show(found['margin'])} of {name} against the full one"
+    if found["tau"] is not None:
+        rule = f"keeps at least {t.fixed(found['tau'], 2)} times the {name} of the full one"
+    opening = f"On {t.plural(found['n'], 'query', 'queries')} that no earlier step had seen, the full prompt reached "
+    scores = f"{show(view['before']['performance']['value'])} and the smaller one {show(view['after']['performance']['value'])}."
+    verb = "At" if passed else "It could not be shown at"
+    joint = "the smaller prompt" if passed else "that the smaller prompt"
+    evidence = found["evidence"]
+    needed = "n/a" if found["level"] is None else t.fixed(1 - found["level"], 2)
+    if evidence["name"] == "e-value":
+        bar = "n/a" if found["level"] is None or found["level"] >= 1 else t.count(1 / (1 - found["level"]))
+        strength = f"The evidence is an e-value of {t.fixed(evidence['value'], 1)}, where {bar} is needed."
+    else:
+        strength = f"The evidence is {t.p_value(evidence['value'])}, where at most {needed} is needed."
+    return [
+        opening + scores,
+        f"{verb} {level} confidence {joint} {rule}.",
+        f"The difference to that line is {_points(found['difference'], show)}, its lower bound "
+        f"{_points(found['lower_bound'], show)}; a certificate needs a bound above 0.",
+        f"{strength} The two prompts differ in outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
+    ]
+
+
+def _points(value: float | None, show: Callable[[float | None], str]) -> str:
+    if value is None or show is t.fixed:
+        return t.signed(value)
+    return f"{t.signed(100 * value, 1)}\u00a0points"
+
+
+def _sequence(view: dict[str, Any]) -> list[dict[str, str]]:
+    show = performance_format(view["performance_name"])
+    rows = []
+    for step in (view["certificate"] or {"sequence": []})["sequence"]:
+        outcome = ("passed" if step["passed"] else "failed") if step["tested"] else "not tested"
+        rows.append(
+            {
+                "n_kept": t.count(step["n_kept"]),
+                "performance": show(step["performance"]) if step["tested"] else "\u2013",
+                "difference": _points(step["difference"], show) if step["tested"] else "\u2013",
+                "lower_bound": _points(step["lower_bound"], show) if step["tested"] else "\u2013",
+                "outcome": outcome,
+                "tone": {"passed": "good", "failed": "warn"}.get(outcome, "calm"),
+            }
+        )
+    return rows
+
+
+def _prompts(view: dict[str, Any]) -> list[dict[str, Any]]:
+    show = performance_format(view["performance_name"])
+    rows = [("Full prompt", view["before"])]
+    if view["n_removed"]:
+        rows.append(("Smaller prompt" + (" (proposal)" if proposed(view) else ""), view["after"]))
+    if view["zero_shot"]:
+        rows.append(("No demonstrations", {"n_demonstrations": 0, "tokens": None, "performance": view["zero_shot"]}))
+    return [
+        {
+            "name": name,
+            "n": t.count(prompt["n_demonstrations"]),
+            "tokens": t.count(prompt["tokens"]) if prompt["tokens"] is not None else "\u2013",
+            "value": show(prompt["performance"]["value"]),
+            "interval": t.interval(show(prompt["performance"]["low"]), show(prompt["performance"]["high"])),
+            "performance": prompt["performance"],
+        }
+        for name, prompt in rows
+    ]
+
+
+def _proxy(proxy: dict[str, Any]) -> dict[str, Any]:
+    facts = [
+        ("Query pairs used", t.count(proxy["n_used"])),
+        ("Fidelity to the target, explained by the proxy", t.fixed(proxy["mean_q_proxy"])),
+        ("Fidelity to the target, explained by itself", t.fixed(proxy["mean_q_oracle"])),
+        ("Same answer on the full prompt", t.share(proxy["agreement"])),
+        ("Rank correlation of attributions", t.fixed(proxy["rank_correlation"], 2)),
+    ]
+    paper = proxy["paper_rule"]
+    said = ""
+    if paper is not None:
+        said = f"{paper['decision']} after {t.plural(paper['n_used'], 'pair')}. {paper['note']}".strip()
+    decision = proxy["decision"].replace("_", " ")
+    return {
+        **proxy,
+        "facts": [(k, v) for k, v in facts if v != t.NOT_AVAILABLE],
+        "label": decision,
+        "tone": _DECISIONS[proxy["decision"]],
+        "paper": said,
+    }
+
+
+def _money(cost: dict[str, Any]) -> list[str]:
+    bought = (
+        f"Bought for this run: {t.count(cost['target_tokens_total'])} target tokens and "
+        f"{t.count(cost['proxy_tokens_total'])} proxy tokens."
+    )
+    saved = cost["saved_tokens_per_call"]
+    if saved is not None and saved < 0:
+        saving = f"The smaller prompt uses {t.count(-saved)} more tokens per call."
+    elif saved:
+        saving = f"Each call with the smaller prompt saves {t.count(saved)} tokens ({t.share(cost['saved_share'])})."
+    else:
+        saving = "No tokens are saved per call."
+    pays = cost["break_even_calls"]
+    if saved and pays is not None:
+        saving += f" The run has paid for itself after {t.plural(pays, 'call')}."
+    priced = cost["money"]
+    if priced is None:
+        return [bought, saving, "Unpriced: no price was given, so everything is stated in tokens."]
+    currency = priced["currency"]
+    price = (
+        f"In money: the run cost {t.money(priced['run_cost'], currency)}; 1,000 calls save "
+        f"{t.money(priced['saved_per_thousand_calls'], currency)}, at {t.money(priced['price_input_per_million'], currency)} "
+        f"per million input tokens ({priced['source']})."
+    )
+    return [bought, saving, price]
+
+
+def _crr(crr: dict[str, Any] | None) -> str:
+    if crr is None:
+        return ""
+    ratios = [f"{t.fixed(crr[k], 1)} in {k}" for k in ("calls", "tokens") if crr[k] is not None]
+    return (
+        f"Cost reduction ratio: {' and '.join(ratios) or t.NOT_AVAILABLE}. In tokens: {t.count(crr['oracle_tokens'])} to "
+        f"explain with the target alone, against {t.count(crr['proxy_tokens_priced'])} (proxy, at its price) + "
+        f"{t.count(crr['fallback_tokens'])} (fallback) + {t.count(crr['screen_tokens'])} (screening). {crr['text']}"
+    ).strip()
+
+
+def _rows(values: Any) -> list[tuple[str, str]]:
+    if not isinstance(values, Mapping):
+        return [("", json.dumps(values, ensure_ascii=False))]
+    return [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in values.items()]

@@ -1,0 +1,250 @@
+"""Where prompt, task and backend meet: coalitions in, values out.
+
+Values keep the shape ``(n_coalitions, n_queries)``; the mean over queries is a later, visible step. A value
+that could not be had is NaN together with its reason, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends.base import GenerateRequest, ScoreRequest, ScoreResult
+from .errors import InconclusiveError, InputError
+from .metering import Meter
+from .prompt import FewShotPrompt, Query
+from .task import LabelTask, Task, TextTask
+
+__all__ = ["PromptValueFunction", "ValueFunction", "Values"]
+
+BoolMatrix: TypeAlias = NDArray[np.bool_]
+FloatArray: TypeAlias = NDArray[np.float64]
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+class ValueFunction(Protocol):
+    """Anything that maps coalitions to values."""
+
+    def __call__(self, coalitions: BoolMatrix) -> FloatArray:
+        """Boolean ``(n_coalitions, n_units)`` to float ``(n_coalitions, n_queries)``, NaN where missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a model did on every (coalition, query) pair; ``m`` coalitions, ``q`` queries.
+
+    Attributes
+    ----------
+    coalitions : bool (m, n_units)
+    utility : float (m, q)
+        Quality of the output; higher is better. Nats of log-probability of the reference, normalised over
+        the allowed labels (``scale="log-probability"``), or 1/0 for right/wrong (``scale="accuracy"``, for a
+        model that only answers), or the score of a generated text (``scale="score"``). NaN: missing.
+    performance : float (m, q)
+        Right (1) or wrong (0) for labels, the score for text: what a certificate is about. NaN: missing.
+    predictions : int (m, q)
+        Index of the predicted label, -1 where missing (always -1 for text).
+    probabilities : float (m, q, n_labels) or None
+        Probability of each label among the allowed ones; NaN beyond a query's own labels.
+    prompt_tokens : int (m, q)
+        Tokens of the rendered prompt as the model or provider counted them; 0 where not known.
+    scale : str
+    missing : tuple of (coalition index, query index, reason)
+    outputs : tuple of tuple of str or None
+        Generated texts, for text tasks.
+    """
+
+    coalitions: BoolMatrix
+    utility: FloatArray
+    performance: FloatArray
+    predictions: NDArray[np.int64]
+    probabilities: FloatArray | None
+    prompt_tokens: NDArray[np.int64]
+    scale: str
+    missing: tuple[tuple[int, int, str], ...] = ()
+    outputs: tuple[tuple[str | None, ...], ...] = ()
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64] | slice) -> Values:
+        """The same for some of the coalitions."""
+        index = np.arange(len(self.coalitions))[rows]
+        back = {int(old): new for new, old in enumerate(index)}
+        return Values(
+            coalitions=self.coalitions[index],
+            utility=self.utility[index],
+            performance=self.performance[index],
+            predictions=self.predictions[index],
+            probabilities=None if self.probabilities is None else self.probabilities[index],
+            prompt_tokens=self.prompt_tokens[index],
+            scale=self.scale,
+            missing=tuple((back[i], j, why) for i, j, why in self.missing if i in back),
+            outputs=tuple(self.outputs[int(i)] for i in index) if self.outputs else (),
+        )
+
+    def require_complete(self, what: str, *, share: float = 0.05) -> None:
+        """Refuse to go on when more than ``share`` of the values are missing.
+
+        Raises
+        ------
+        InconclusiveError
+            With the share and the most frequent reason.
+        """
+        total = self.utility.size
+        if total and len(self.missing) > share * total:
+            reasons = [why for *_, why in self.missing]
+            common = max(set(reasons), key=reasons.count)
+            raise InconclusiveError(
+                f"{what}: {len(self.missing)} of {total} values are missing (limit {share:.0%});"
+                f" most often: {common}.",
+                hint="Mend the cause and run again; what was answered is in the ledger and is not bought twice.",
+            )
+
+
+@dataclass
+class PromptValueFunction:
+    """Value function of one prompt on one set of queries, answered by one model.
+
+    Parameters
+    ----------
+    prompt : FewShotPrompt
+    task : LabelTask or TextTask
+    queries : sequence of Query
+    meter : Meter
+        The model, with its ledger.
+    stage : str
+        Name under which calls are recorded.
+    progress : callable, optional
+        ``progress(done, total)`` over the model calls of a batch.
+    """
+
+    prompt: FewShotPrompt
+    task: Task
+    queries: Sequence[Query]
+    meter: Meter
+    stage: str = "evaluate"
+    progress: Progress | None = field(default=None, repr=False)
+
+    def __call__(self, coalitions: BoolMatrix) -> FloatArray:
+        """Utility, shape ``(n_coalitions, n_queries)``."""
+        return self.evaluate(coalitions).utility
+
+    def evaluate(self, coalitions: BoolMatrix) -> Values:
+        """Ask the model for every coalition and query.
+
+        Equal requests (all-identical demonstrations, equal rows) are sent once.
+
+        Raises
+        ------
+        InputError
+            If the matrix is not boolean ``(n_coalitions, n_units)``.
+        """
+        matrix = np.asarray(coalitions)
+        if matrix.dtype != np.bool_ or matrix.ndim != 2 or matrix.shape[1] != self.prompt.n_units:
+            raise InputError(
+                f"coalitions: got {matrix.dtype} {matrix.shape}; a boolean matrix"
+                f" (n_coalitions, {self.prompt.n_units}) is needed."
+            )
+        if isinstance(self.task, TextTask):
+            return self._generate(matrix, self.task)
+        return self._score(matrix, self.task)
+
+    def _score(self, matrix: BoolMatrix, task: LabelTask) -> Values:
+        answers = [task.answers(query) for query in self.queries]
+        candidates = [
+            tuple(self.prompt.candidate(a, query.choices) for a in own)
+            for own, query in zip(answers, self.queries, strict=True)
+        ]
+        requests = [
+            ScoreRequest(self.prompt.render(row, query), own)
+            for row in matrix.tolist()
+            for query, own in zip(self.queries, candidates, strict=True)
+        ]
+        results = self.meter.score(requests, stage=self.stage, progress=self.progress)
+        reference = [own.index(query.reference) for own, query in zip(answers, self.queries, strict=True)]
+        return _label_values(matrix, results, reference, [len(own) for own in answers])
+
+    def _generate(self, matrix: BoolMatrix, task: TextTask) -> Values:
+        requests = [
+            GenerateRequest(self.prompt.render(row, query), task.max_tokens, task.stop)
+            for row in matrix.tolist()
+            for query in self.queries
+        ]
+        results = self.meter.generate(requests, stage=self.stage, progress=self.progress)
+        shape = (len(matrix), len(self.queries))
+        score = np.full(shape, np.nan)
+        tokens = np.zeros(shape, dtype=np.int64)
+        missing: list[tuple[int, int, str]] = []
+        references = [(q.reference, *q.references) for q in self.queries]
+        answered = [k for k, r in enumerate(results) if r.text is not None]
+        scores = task.score(
+            [str(results[k].text) for k in answered], [references[k % len(self.queries)] for k in answered]
+        )
+        for k, value in zip(answered, scores, strict=True):
+            score[divmod(k, len(self.queries))] = value
+        for k, result in enumerate(results):
+            i, j = divmod(k, len(self.queries))
+            tokens[i, j] = result.usage.prompt_tokens
+            if result.text is None:
+                missing.append((i, j, result.error or "no text"))
+        rows = [results[i * len(self.queries) : (i + 1) * len(self.queries)] for i in range(len(matrix))]
+        return Values(
+            coalitions=matrix,
+            utility=score,
+            performance=score.copy(),
+            predictions=np.full(shape, -1, dtype=np.int64),
+            probabilities=None,
+            prompt_tokens=tokens,
+            scale="score",
+            missing=tuple(missing),
+            outputs=tuple(tuple(r.text for r in row) for row in rows),
+        )
+
+
+def _label_values(
+    matrix: BoolMatrix, results: Sequence[ScoreResult], reference: Sequence[int], n_labels: Sequence[int]
+) -> Values:
+    n_queries = len(reference)
+    shape = (len(matrix), n_queries)
+    width = max(n_labels, default=0)
+    logprobs = np.full((*shape, width), np.nan)
+    predictions = np.full(shape, -1, dtype=np.int64)
+    tokens = np.zeros(shape, dtype=np.int64)
+    missing: list[tuple[int, int, str]] = []
+    label_only = False
+    for k, result in enumerate(results):
+        i, j = divmod(k, n_queries)
+        tokens[i, j] = result.usage.prompt_tokens
+        known = [(value, c) for c, value in enumerate(result.logprobs) if value is not None]
+        if result.error is not None or not known:
+            missing.append((i, j, result.error or "no log-probability of any label"))
+            continue
+        predictions[i, j] = max(known, key=lambda pair: (pair[0], -pair[1]))[1]
+        label_only = label_only or len(known) < n_labels[j]
+        for value, c in known:
+            logprobs[i, j, c] = value
+    with np.errstate(invalid="ignore"):
+        top = np.fmax.reduce(logprobs, axis=2, keepdims=True)
+        normalised = logprobs - (top + np.log(np.nansum(np.exp(logprobs - top), axis=2, keepdims=True)))
+    right = np.where(predictions < 0, np.nan, (predictions == np.asarray(reference)[None, :]).astype(float))
+    if label_only:
+        utility = right.copy()
+        probabilities = np.where(
+            predictions[:, :, None] < 0, np.nan, (predictions[:, :, None] == np.arange(width)).astype(float)
+        )
+    else:
+        utility = np.take_along_axis(normalised, np.asarray(reference)[None, :, None], axis=2)[:, :, 0]
+        probabilities = np.exp(normalised)
+    return Values(
+        coalitions=matrix,
+        utility=utility,
+        performance=right,
+        predictions=predictions,
+        probabilities=probabilities,
+        prompt_tokens=tokens,
+        scale="accuracy" if label_only else "log-probability",
+        missing=tuple(missing),
+    )
