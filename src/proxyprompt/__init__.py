@@ -1,0 +1,102 @@
+"""ProxyPrompt: cut your few-shot prompt, keep your accuracy, with proof and a price tag.
+
+The names below are the public interface; each is imported when it is first used, so that
+``import proxyprompt`` stays cheap and loads no model library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .attribution import Attribution, KernelSHAP, LeaveOneOut
+    from .config import load_config
+    from .data import Splits, load_demonstrations, load_prompt, load_queries, save_prompt, split_queries
+    from .errors import ProxyPromptError
+    from .ledger import Ledger
+    from .models import open_model
+    from .outputs import write_outputs
+    from .pipeline import Result, optimize_prompt
+    from .prompt import Demonstration, FewShotPrompt, Query
+    from .screening import Screening, screen
+    from .settings import Settings
+    from .summary import build_artifact
+    from .task import LabelTask, TextTask
+    from .value_function import PromptValueFunction, Values
+
+_HOME = {
+    "Artifact": "artifact",
+    "Attribution": "attribution",
+    "Demonstration": "prompt",
+    "FewShotPrompt": "prompt",
+    "KernelSHAP": "attribution",
+    "LabelTask": "task",
+    "LeaveOneOut": "attribution",
+    "Ledger": "ledger",
+    "PromptValueFunction": "value_function",
+    "ProxyPromptError": "errors",
+    "Query": "prompt",
+    "Result": "pipeline",
+    "Screening": "screening",
+    "Settings": "settings",
+    "Splits": "data",
+    "TextTask": "task",
+    "Values": "value_function",
+    "build_artifact": "summary",
+    "load_config": "config",
+    "load_demonstrations": "data",
+    "load_prompt": "data",
+    "load_queries": "data",
+    "open_model": "models",
+    "optimize_prompt": "pipeline",
+    "save_prompt": "data",
+    "screen": "screening",
+    "split_queries": "data",
+    "write_outputs": "outputs",
+}
+
+__all__ = [
+    "Artifact",
+    "Attribution",
+    "Demonstration",
+    "FewShotPrompt",
+    "KernelSHAP",
+    "LabelTask",
+    "LeaveOneOut",
+    "Ledger",
+    "PromptValueFunction",
+    "ProxyPromptError",
+    "Query",
+    "Result",
+    "Screening",
+    "Settings",
+    "Splits",
+    "TextTask",
+    "Values",
+    "__version__",
+    "build_artifact",
+    "load_config",
+    "load_demonstrations",
+    "load_prompt",
+    "load_queries",
+    "open_model",
+    "optimize_prompt",
+    "save_prompt",
+    "screen",
+    "split_queries",
+    "write_outputs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

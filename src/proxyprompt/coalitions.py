@@ -62,7 +62,8 @@ def enumerate_coalitions(n_units: int) -> BoolArray:
             hint="Sample instead, with shapley_kernel_coalitions or uniform_coalitions.",
         )
     codes = np.arange(2**n_units, dtype=np.int64)
-    return (codes[:, None] >> np.arange(n_units)) & 1 == 1
+    bits: BoolArray = (codes[:, None] >> np.arange(n_units)) & 1 == 1
+    return bits
 
 
 def leave_one_out_coalitions(n_units: int) -> BoolArray:
@@ -212,13 +213,14 @@ def uniform_coalitions(
     available = 2**n_units - len(seen)
     if n > available:
         raise InputError(
-            f"n={n}: only {available} coalitions of {n_units} units are left after {len(seen)} excluded ones.",
+            f"n={n}: only {available} coalitions of {n_units} units are left, {len(seen)} being excluded.",
             hint="Ask for fewer, or exclude fewer.",
         )
     if n_units <= MAX_ENUMERATED_UNITS and 2 * (n + len(seen)) > 2**n_units:
         everything = enumerate_coalitions(n_units)
         allowed = [i for i, key in enumerate(row_keys(everything)) if key not in seen]
-        return everything[rng.permutation(allowed)[:n]]
+        chosen: BoolArray = everything[rng.permutation(allowed)[:n]]
+        return chosen
 
     def draw(size: int) -> BoolArray:
         return rng.random((size, n_units)) < 0.5

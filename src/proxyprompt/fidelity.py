@@ -17,37 +17,7 @@ from .attribution.base import Attribution, Design, Explainer, check_values, froz
 from .coalitions import BoolArray, FloatArray, check_coalitions, row_keys
 from .errors import InputError
 
-__all__ = ["LabelFidelity", "ScoreFidelity", "label_fidelity", "score_fidelity"]
-
-
-@dataclass(frozen=True, eq=False)
-class LabelFidelity:
-    """Share of judge coalitions on which surrogate and judged model name the same label.
-
-    Parameters
-    ----------
-    values : ndarray of float64, shape (n_queries,)
-        Fidelity in [0, 1], higher is better; NaN (missing) for dropped queries and for queries without
-        a judged label.
-    n_judged : ndarray of int64, shape (n_queries,)
-        Coalitions each query was judged on.
-    dropped_queries : ndarray of int64, shape (n_dropped,)
-        Queries whose surrogate could not be fitted for missing values.
-    mean, standard_error : float
-        Over the queries that have a value; the error treats queries as a sample (0 for one query).
-    method : str
-        Explainer of the surrogate.
-    n_fit : int
-        Coalitions the surrogate was fitted on.
-    """
-
-    values: FloatArray
-    n_judged: NDArray[np.int64]
-    dropped_queries: NDArray[np.int64]
-    mean: float
-    standard_error: float
-    method: str
-    n_fit: int
+__all__ = ["ScoreFidelity", "label_fidelity", "score_fidelity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +30,7 @@ class ScoreFidelity:
         ``1 - SSE / SST`` over judge coalitions, at most 1 and not clipped below: negative is worse than
         the judged model's own mean. NaN (missing) for dropped queries and where the judged values do
         not vary. It sees scale: a surrogate of another model may rank well and score badly.
-    side_agreement : ndarray of float64, shape (n_queries,)
+    midpoint_agreement : ndarray of float64, shape (n_queries,)
         Share of judge coalitions, in [0, 1], that surrogate and judged model put on the same side of
         their own midpoint between v(empty) and v(full): nearer the full prompt, or not. NaN (missing)
         for dropped queries and where either model has v(empty) = v(full).
@@ -75,7 +45,7 @@ class ScoreFidelity:
     """
 
     r2: FloatArray
-    side_agreement: FloatArray
+    midpoint_agreement: FloatArray
     n_judged: NDArray[np.int64]
     dropped_queries: NDArray[np.int64]
     method: str
@@ -89,7 +59,7 @@ def label_fidelity(
     judged_labels: ArrayLike,
     *,
     explainer: Explainer,
-) -> LabelFidelity:
+) -> FloatArray:
     """Fit one surrogate a label, and compare the label it predicts with the judged model's.
 
     Parameters
@@ -107,7 +77,10 @@ def label_fidelity(
 
     Returns
     -------
-    LabelFidelity
+    ndarray of float64, shape (n_queries,)
+        Share of the judge coalitions on which surrogate and judged model name the same label, in [0, 1],
+        higher is better; NaN (missing) for a query that was dropped for missing probabilities, and for
+        one without a judged label.
 
     Raises
     ------
@@ -131,8 +104,8 @@ def label_fidelity(
     >>> positive = lambda z: z @ np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05])
     >>> p = np.stack([1 - positive(design.coalitions), positive(design.coalitions)], axis=-1)[:, None]
     >>> labels = (positive(judge) > 0.5).astype(int)[:, None]
-    >>> label_fidelity(design, p, judge, labels, explainer=KernelSHAP()).mean
-    1.0
+    >>> label_fidelity(design, p, judge, labels, explainer=KernelSHAP()).tolist()
+    [1.0]
     """
     fitted = np.array(probabilities, dtype=np.float64)
     if fitted.ndim != 3 or fitted.shape[0] != design.n_coalitions or fitted.shape[2] < 2:
@@ -146,17 +119,13 @@ def label_fidelity(
     labels = _check_labels(judged_labels, (len(judge), n_queries), n_labels)
     fitted[np.isnan(fitted).any(axis=2)] = np.nan
     attribution = explainer.fit(design, fitted.reshape(len(fitted), n_queries * n_labels))
-    kept, dropped = _kept_queries(attribution, n_queries, n_labels)
+    kept, _ = _kept_queries(attribution, n_queries, n_labels)
     scores = attribution.predict(judge).reshape(len(judge), len(kept), n_labels)
-    values, n_judged = np.full(n_queries, np.nan), np.zeros(n_queries, dtype=np.int64)
+    values = np.full(n_queries, np.nan)
     seen = labels[:, kept] >= 0
     hits = ((scores.argmax(axis=2) == labels[:, kept]) & seen).sum(axis=0)
-    n_judged[kept] = seen.sum(axis=0)
-    values[kept] = _ratio(hits, n_judged[kept])
-    mean, error = _mean_and_error(values)
-    return LabelFidelity(
-        frozen(values), frozen(n_judged), frozen(dropped), mean, error, explainer.method, design.n_coalitions
-    )
+    values[kept] = _ratio(hits, seen.sum(axis=0))
+    return values
 
 
 def score_fidelity(
@@ -207,7 +176,7 @@ def score_fidelity(
     >>> judge = uniform_coalitions(6, 10, rng=rng, exclude=design.coalitions)
     >>> result = score_fidelity(design, game(design.coalitions), judge, game(judge),
     ...     judged_base=[0.0], judged_full=[6.8], explainer=KernelSHAP())
-    >>> result.r2.round(6).tolist(), result.side_agreement.tolist()
+    >>> result.r2.round(6).tolist(), result.midpoint_agreement.tolist()
     ([1.0], [1.0])
     """
     judge = _held_out(design, judge_coalitions)
@@ -228,6 +197,9 @@ def score_fidelity(
     errors = np.where(seen, judged - predicted, 0.0)
     r2, side = np.full(n_queries, np.nan), np.full(n_queries, np.nan)
     r2[kept] = 1.0 - _ratio((errors**2).sum(axis=0), (spread**2).sum(axis=0))
+    # Rounding in the mean would give equal values a spread, and any R2.
+    constant = np.array([len(np.unique(column[~np.isnan(column)])) < 2 for column in judged.T])
+    r2[kept[constant]] = np.nan
     same = _nearer_full(predicted, attribution.base_values, attribution.full_values) == _nearer_full(
         judged, base, full
     )
@@ -245,7 +217,7 @@ def _held_out(design: Design, judge_coalitions: ArrayLike) -> BoolArray:
     judge = check_coalitions(judge_coalitions, "judge_coalitions")
     if len(judge) < 1 or judge.shape[1] != design.n_units:
         raise InputError(
-            f"judge_coalitions has shape {judge.shape}: at least one row of {design.n_units} units is needed.",
+            f"judge_coalitions has shape {judge.shape}: one row or more of {design.n_units} units is needed.",
             hint="Draw them with uniform_coalitions.",
         )
     fitted = set(row_keys(design.coalitions))
@@ -306,11 +278,3 @@ def _column_means(values: FloatArray) -> FloatArray:
 def _nearer_full(values: FloatArray, base: FloatArray, full: FloatArray) -> BoolArray:
     """Whether a value is nearer v(full) than v(empty), whichever of the two is larger."""
     return np.asarray((values - (base + full) / 2) * (full - base) > 0)
-
-
-def _mean_and_error(values: FloatArray) -> tuple[float, float]:
-    known = values[~np.isnan(values)]
-    if len(known) == 0:
-        raise InputError("judged_labels: every label is missing.", hint="Judge on answered coalitions.")
-    error = known.std(ddof=1) / np.sqrt(len(known)) if len(known) > 1 else 0.0
-    return float(known.mean()), float(error)

@@ -36,6 +36,7 @@ from .prompt import Query
 from .sequential import (
     SequentialDecision,
     betting_rule,
+    earliest_acceptance,
     paired_t_rule,
     smallest_possible_acceptance,
 )
@@ -171,7 +172,7 @@ class _Candidate:
     @property
     def open(self) -> bool:
         """Whether more pairs can still change the answer."""
-        return self.decision is None or self.decision.decision == "undecided"
+        return self.decision is None or self.decision.reason == "out_of_data"
 
 
 def screen(
@@ -228,11 +229,12 @@ def screen(
     _check(proxies, queries, method, tau, delta, block)
     n_max = min(max_pairs, len(queries))
     level = delta / len(proxies) if method == "betting" else delta
-    smallest = smallest_possible_acceptance(tau, 1.0, level) if method == "betting" else 2
-    if smallest > n_max:
+    smallest = earliest_acceptance(tau=tau, delta=level, max_pairs=n_max) if method == "betting" else 2
+    if smallest is None:
         raise InputError(
-            f"screening: with tau={tau:g}, delta={level:g} no rule can accept before {smallest} pairs,"
-            f" and at most {n_max} are possible.",
+            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within the"
+            f" {n_max} pairs that are possible; no rule at all can accept one before"
+            f" {smallest_possible_acceptance(tau, 1.0, level)}.",
             hint="Give more queries to explain, lower tau, or raise delta.",
         )
     candidates = [_Candidate(name, evaluate) for name, evaluate in proxies.items()]
@@ -260,7 +262,7 @@ def screen(
             c.n_agree += int(sum(agree[c.name]))
             c.decision = _decide(method, c, tau=tau, level=level, n_max=n_max)
     return Screening(
-        proxies=tuple(_evidence(c, judges, method, tau=tau, delta=delta, level=level, n_max=n_max) for c in candidates),
+        proxies=tuple(_evidence(c, judges, method, tau=tau, level=level, n_max=n_max) for c in candidates),
         method=method,
         tau=tau,
         delta=delta,
@@ -300,10 +302,15 @@ class _Judges:
         """Fidelity per query of the surrogate of one model to the other, on the held-out rows."""
         m = self.design.n_coalitions
         if fitted_on.probabilities is None:
-            score = score_fidelity(
-                self.design, fitted_on.utility[:m], self.held_out, judged_on.utility[m:], explainer=self.explainer
-            )
-            return np.asarray(score.midpoint_agreement, dtype=np.float64)
+            return score_fidelity(
+                self.design,
+                fitted_on.utility[:m],
+                self.held_out,
+                judged_on.utility[m:],
+                judged_base=judged_on.utility[self.design.empty_row],
+                judged_full=judged_on.utility[self.design.full_row],
+                explainer=self.explainer,
+            ).side_agreement
         return label_fidelity(
             self.design, fitted_on.probabilities[:m], self.held_out, judged_on.predictions[m:], explainer=self.explainer
         )
@@ -350,15 +357,17 @@ def _decide(method: str, c: _Candidate, *, tau: float, level: float, n_max: int)
 
 
 def _evidence(
-    c: _Candidate, judges: _Judges, method: str, *, tau: float, delta: float, level: float, n_max: int
+    c: _Candidate, judges: _Judges, method: str, *, tau: float, level: float, n_max: int
 ) -> ProxyScreening:
     rule = c.decision if c.decision is not None else _decide(method, c, tau=tau, level=level, n_max=n_max)
     # The comparison uses the settings each rule is known by: 99 % for the paper's, ours at the level asked.
-    other = (
-        _decide("paper", c, tau=tau, level=0.01, n_max=n_max)
-        if method == "betting"
-        else _decide("betting", c, tau=tau, level=delta, n_max=max(n_max, 2))
-    )
+    other: SequentialDecision | None
+    if method == "betting":
+        other = _decide("paper", c, tau=tau, level=0.01, n_max=n_max)
+    elif tau < 1 and earliest_acceptance(tau=tau, delta=0.05, max_pairs=n_max) is not None:
+        other = _decide("betting", c, tau=tau, level=0.05, n_max=n_max)
+    else:
+        other = None
     return ProxyScreening(
         name=c.name,
         decision=rule.decision,

@@ -94,6 +94,11 @@ class Settings:
         if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < 1e9):
             raise InputError(f"price_input_per_million: got {price!r}; a price per million tokens, 0 or more.")
 
+    @property
+    def level(self) -> float:
+        """Error level of the certificate, ``1 - confidence``."""
+        return round(1.0 - self.confidence, 12)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form."""
         return asdict(self) | {"keep": list(self.keep)}

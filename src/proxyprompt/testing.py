@@ -198,4 +198,5 @@ class AirportGame(Game):
         super().__init__(shapley[None, :])
 
     def _values(self, rows: BoolArray) -> FloatArray:
-        return np.where(rows, self.costs, 0.0).max(axis=1)[:, None]
+        values: FloatArray = np.where(rows, self.costs, 0.0).max(axis=1)[:, None]
+        return values

@@ -50,7 +50,7 @@ class Values:
     predictions : int (m, q)
         Index of the predicted label, -1 where missing (always -1 for text).
     probabilities : float (m, q, n_labels) or None
-        Probability of each label among the allowed ones; NaN beyond a query's own labels.
+        Probability of each label among the allowed ones; 0 beyond a query's own labels, NaN where missing.
     prompt_tokens : int (m, q)
         Tokens of the rendered prompt as the model or provider counted them; 0 where not known.
     scale : str
@@ -226,7 +226,7 @@ def _label_values(
         label_only = label_only or len(known) < n_labels[j]
         for value, c in known:
             logprobs[i, j, c] = value
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         top = np.fmax.reduce(logprobs, axis=2, keepdims=True)
         normalised = logprobs - (top + np.log(np.nansum(np.exp(logprobs - top), axis=2, keepdims=True)))
     right = np.where(predictions < 0, np.nan, (predictions == np.asarray(reference)[None, :]).astype(float))
@@ -237,7 +237,8 @@ def _label_values(
         )
     else:
         utility = np.take_along_axis(normalised, np.asarray(reference)[None, :, None], axis=2)[:, :, 0]
-        probabilities = np.exp(normalised)
+        own = np.arange(width)[None, None, :] < np.asarray(n_labels)[None, :, None]
+        probabilities = np.where(own | (predictions[:, :, None] < 0), np.exp(normalised), 0.0)
     return Values(
         coalitions=matrix,
         utility=utility,

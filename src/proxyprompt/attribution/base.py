@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..coalitions import BoolArray, FloatArray, check_coalitions, check_n_units
-from ..errors import ArtifactError, InconclusiveError, InputError
+from proxyprompt.coalitions import BoolArray, FloatArray, check_coalitions, check_n_units
+from proxyprompt.errors import ArtifactError, InconclusiveError, InputError
 
 __all__ = ["Attribution", "Design", "Explainer", "ValueArrayFunction"]
 
@@ -218,11 +218,12 @@ class Attribution:
         return self.mean - self._half_width(level)
 
     def predict(self, coalitions: ArrayLike) -> FloatArray:
-        """Values the additive surrogate ``intercept + coalitions @ values.T`` gives.
+        """Values that the additive surrogate ``intercept + coalitions @ values.T`` gives.
 
         Parameters
         ----------
         coalitions : array_like of bool, shape (n_coalitions, n_units)
+            Unseen coalitions of the prompt that was explained.
 
         Returns
         -------
@@ -278,7 +279,6 @@ class Attribution:
             raise ArtifactError(f"Attribution: fields {odd} are absent or unknown.", hint="Save it again.")
         if fields["df_coalitions"] is None:
             fields["df_coalitions"] = float("inf")
-        # No unit would leave a list without a second axis; there is always at least one.
         return cls(**fields)
 
     def _half_width(self, level: float) -> FloatArray:

@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..coalitions import MAX_ENUMERATED_UNITS, FloatArray, enumerate_coalitions
-from ..errors import InputError
+from proxyprompt.coalitions import MAX_ENUMERATED_UNITS, FloatArray, enumerate_coalitions
+from proxyprompt.errors import InputError
+
 from .base import Attribution, Design, Explainer, summarize
 
 __all__ = ["ExactShapley"]
@@ -82,9 +83,10 @@ class ExactShapley(Explainer):
             When too many queries have missing values.
         """
         n_units = design.n_units
-        codes = design.coalitions @ (1 << np.arange(min(n_units, 62), dtype=np.int64)).astype(np.int64)[:n_units]
+        complete = n_units <= MAX_ENUMERATED_UNITS and design.n_coalitions == 2**n_units
+        codes = design.coalitions @ (1 << np.arange(n_units)) if complete else np.zeros(1)
         order = np.argsort(codes, kind="stable")
-        if len(codes) != 2**n_units or (codes[order] != np.arange(len(codes))).any():
+        if not complete or (codes[order] != np.arange(len(codes))).any():
             raise InputError(
                 f"The design holds {design.n_coalitions} rows; all {2**n_units} coalitions are needed once.",
                 hint="Make the design with ExactShapley().design.",

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..coalitions import BoolArray, FloatArray, row_keys, shapley_kernel_coalitions
-from ..errors import InputError
+from proxyprompt.coalitions import BoolArray, FloatArray, row_keys, shapley_kernel_coalitions
+from proxyprompt.errors import InputError
+
 from .base import Attribution, Design, Explainer, summarize
 
 __all__ = ["KernelSHAP"]
@@ -45,7 +46,8 @@ class KernelSHAP(Explainer):
     correction (CR3). ``f_p`` is the share of that size's coalitions that is in the design, the finite
     population correction of drawing without replacement; sizes that are listed completely drop out.
     Ignoring the stratification over sizes makes it slightly large. Its degrees of freedom are
-    (number of clusters) - (n - 1).
+    (number of clusters) - (n - 1). Below about ``4 n`` coalitions the regression is nearly saturated: the
+    attributions are noisy, and the standard errors say so.
 
     **Departures.** Sampled designs in which some unit depends on a single cluster (no standard error
     then) are redrawn, at most 100 times; at budgets above about ``4 n`` that happens almost never.
@@ -193,15 +195,13 @@ class _Regression:
         u, s, vt = np.linalg.svd(root[:, None] * x, full_matrices=False)
         determined = n_units == 1 or (len(s) == n_units - 1 and bool(s[-1] > 1e-9 * s[0]))
         inverse = (vt.T / np.where(s > 0, s, 1.0)) @ u.T if determined else np.zeros(x.T.shape)
-        return cls(
-            basis, x, root, inverse, (u**2).sum(axis=1), _complement_clusters(coalitions), determined
-        )
+        return cls(basis, x, root, inverse, (u**2).sum(axis=1), _complement_clusters(coalitions), determined)
 
     @property
     def cluster_hat(self) -> FloatArray:
         """Leverage of each row's cluster; 1 when some unit rests on that cluster alone."""
-        hat: FloatArray = np.bincount(self.clusters, weights=self.hat)[self.clusters]
-        return hat
+        total = np.bincount(self.clusters, weights=self.hat).astype(np.float64)
+        return total[self.clusters]
 
     @property
     def has_spare(self) -> bool:

@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..coalitions import leave_one_out_coalitions
-from ..errors import InputError
+from proxyprompt.coalitions import leave_one_out_coalitions
+from proxyprompt.errors import InputError
+
 from .base import Attribution, Design, Explainer, summarize
 
 __all__ = ["LeaveOneOut"]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from ..errors import InputError
+from proxyprompt.errors import InputError
+
 from .base import Rendered, Usage
 
 Endpoint: TypeAlias = Literal["chat", "completions"]
@@ -42,7 +43,11 @@ _FIRST_UNSPACED = "\u2e80"
 
 
 class UnreadableAnswerError(Exception):
-    """The server answered, but not in a form that can be read; becomes ``result.error``."""
+    """The server answered, and ``usage`` was paid, but not in a readable form; becomes ``result.error``."""
+
+    def __init__(self, message: str, usage: Usage | None = None) -> None:
+        super().__init__(message)
+        self.usage = usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,8 @@ def read_answer(raw: bytes | str, endpoint: Endpoint) -> Answer:
         raise UnreadableAnswerError("the answer is not JSON") from None
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise UnreadableAnswerError("the answer holds no choices")
+        paid = _usage(body.get("usage")) if isinstance(body, dict) else None
+        raise UnreadableAnswerError("the answer holds no choices", paid)
     choice = choices[0]
     text = choice.get("text")
     if endpoint == "chat":
@@ -272,10 +278,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
-    """One short line without anything that looks like a credential."""
+    """``text`` without the secrets and anything else that looks like a credential."""
     for secret in secrets:
         if secret:
             text = text.replace(secret, "***")
     text = re.sub(r"(?i)\b(sk-|bearer\s+)[\w.\-*]{4,}", r"\1***", text)
-    text = re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)
+
+
+def one_line(text: str) -> str:
+    """White space as single spaces, at most 300 characters."""
     return " ".join(text.split())[:300]

@@ -6,29 +6,23 @@ server can do is found out by asking it, never by the model's name.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from .._require import require
-from ..errors import BackendError, InputError
+from proxyprompt.errors import InputError
+
+from ._openai_connection import CallFailedError, Connection, NoLogprobsError
 from ._openai_wire import (
     Answer,
     Endpoint,
     UnreadableAnswerError,
-    classify,
     label_tokens,
     match_label,
     prompt_fields,
-    public_url,
-    read_answer,
     read_labels,
-    redact,
-    retry_after,
 )
 from .base import (
     GenerateRequest,
@@ -45,25 +39,7 @@ __all__ = ["OpenAIBackend"]
 
 Capability: TypeAlias = Literal["unknown", "logprobs", "label"]
 
-_TRIES = 3
-_FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 20.0
-_DEFAULT_URL = "https://api.openai.com/v1"
-_HINTS = {
-    401: "Check OPENAI_API_KEY (or the client's key) and base_url.",
-    403: "Check that this key may use this model.",
-    404: "Check the model's name, base_url (it usually ends in /v1) and api ('chat' or 'completions').",
-    429: "Check the account's plan and limits.",
-}
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
-
-
-class _CallFailedError(Exception):
-    """One call failed for good; becomes ``result.error``."""
-
-
-class _NoLogprobsError(Exception):
-    """The server refuses to give log-probabilities."""
 
 
 class OpenAIBackend:
@@ -170,32 +146,16 @@ class OpenAIBackend:
             or not 0 < timeout < float("inf")
         ):
             raise InputError(f"timeout={timeout!r} must be a positive number of seconds.")
-        if client is not None:
-            if base_url is not None:
-                raise InputError(
-                    "client and base_url were both given; the client has its own.", hint="Leave base_url out."
-                )
-            _check_client(client)
-            url = str(client.base_url)
-        else:
-            url = base_url or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_URL
         self._model = model
-        self._public_url = public_url(url)
-        self._url = url
-        self._given_client = client
+        self._connection = Connection(model, client, base_url, timeout, top_logprobs)
         self._api = api
         self._top_logprobs = top_logprobs
         self._concurrency = concurrency
-        self._timeout = timeout
         self._name = f"openai:{model}" if name is None else name
         self._capabilities: dict[Endpoint, Capability] = {}
-        self._limit_name = "max_tokens"
-        self._lock = threading.Lock()
-        self._sdk: Any = None
-        self._client: Any = None
 
     def __repr__(self) -> str:
-        return f"OpenAIBackend({self._model!r}, base_url={self._public_url!r}, api={self._api!r})"
+        return f"OpenAIBackend({self._model!r}, base_url={self._connection.public_url!r}, api={self._api!r})"
 
     @property
     def name(self) -> str:
@@ -207,7 +167,7 @@ class OpenAIBackend:
         """Provider, endpoint (without credentials or query), model, api and ``top_logprobs``."""
         return {
             "provider": "openai-compatible",
-            "base_url": self._public_url,
+            "base_url": self._connection.public_url,
             "model": self._model,
             "api": self._api,
             "top_logprobs": self._top_logprobs,
@@ -241,8 +201,8 @@ class OpenAIBackend:
             cores = [candidate.strip() for candidate in request.candidates]
             if not cores or not all(cores) or len(set(cores)) < len(cores):
                 raise InputError(
-                    f"requests[{index}]: candidates {list(request.candidates)!r} must be one or more labels that "
-                    "differ by more than the white space around them."
+                    f"requests[{index}]: candidates={list(request.candidates)!r} must be one or more labels "
+                    "that differ by more than the white space around them."
                 )
             prompt_fields(request.prompt, self._endpoint(request.prompt))
 
@@ -294,10 +254,10 @@ class OpenAIBackend:
         on_send: OnSend | None,
         on_tokens: OnTokens | None,
     ) -> Iterator[Sequence[tuple[int, _Result]]]:
-        """Keep calls in flight; a block is whatever has finished. Nothing is sent while the caller holds a block."""
+        """Keep calls in flight, yield what has finished; nothing is sent while the caller holds a block."""
         if not count:
             return
-        self._connect()
+        self._connection.open()
         waiting = deque(range(count))
         flying: dict[Future[_Result], int] = {}
         stop: Exception | None = None
@@ -332,171 +292,77 @@ class OpenAIBackend:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _score_one(self, request: ScoreRequest) -> ScoreResult:
-        usage, missing = Usage(), (None,) * len(request.candidates)
-        model: str | None = None
-        try:
-            first = self._ask_logprobs(request.prompt)
-            if first is not None:
-                usage, model = first.usage, first.model
-                if first.listed is not None:
-                    values, censored = read_labels(first.listed, request.candidates)
-                    return ScoreResult(values, censored, usage, model_returned=model)
-            answer = self._send(request.prompt, label_tokens(request.candidates))
-            usage, model = _sum(usage, answer.usage), answer.model
-            chosen = match_label(answer.text or "", request.candidates)
-            if chosen is None:
-                raise UnreadableAnswerError(
-                    f"unparsable answer {(answer.text or '')[:80]!r} (finish_reason {answer.finish!r}): it does "
-                    "not begin with one of the labels"
-                )
-            labels = tuple(0.0 if k == chosen else None for k in range(len(missing)))
-            return ScoreResult(labels, (True,) * len(missing), usage, model_returned=model)
-        except (_CallFailedError, UnreadableAnswerError) as error:
-            return ScoreResult(missing, (False,) * len(missing), usage, self._clean(str(error)), model)
-
-    def _ask_logprobs(self, prompt: Rendered) -> Answer | None:
-        """An answer with log-probabilities; else note that labels must be asked for as text, and say what came."""
-        endpoint = self._endpoint(prompt)
-        known = self._capabilities.get(endpoint, "unknown")
-        if known == "label":
-            return None
-        extra = {"logprobs": True, "top_logprobs": self._top_logprobs}
-        if endpoint == "completions":
-            extra = {"logprobs": self._top_logprobs}
-        answer: Answer | None = None
-        try:
-            answer = self._send(prompt, 1, **extra)
-            if answer.listed is None and not answer.text and answer.finish == "stop":
-                raise UnreadableAnswerError("the answer is empty")
-        except _NoLogprobsError as error:
-            if known == "logprobs":
-                raise _CallFailedError(
-                    f"the server refused log-probabilities for this call: {error}"
-                ) from error
-        found = answer is not None and answer.listed is not None
-        if known == "logprobs" and not found:
-            # Not asked for as text: values on two scales must not be mixed in one experiment.
-            raise UnreadableAnswerError("the server gave no log-probabilities for this call, unlike before")
-        self._capabilities[endpoint] = "logprobs" if found else "label"
-        return answer
-
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
-        stop = {"stop": list(request.stop)} if request.stop else {}
+        candidates, count = request.candidates, len(request.candidates)
         usage, model = Usage(), None
         try:
-            answer = self._send(request.prompt, request.max_tokens, **stop)
+            answer = self._ask(request, self._endpoint(request.prompt))
             usage, model = answer.usage, answer.model
-            if answer.text is None:
-                raise UnreadableAnswerError(f"the answer holds no text (finish_reason {answer.finish!r})")
-        except (_CallFailedError, _NoLogprobsError, UnreadableAnswerError) as error:
-            return GenerateResult(None, usage, self._clean(str(error)), model)
-        text = answer.text
-        for mark in request.stop:  # some servers leave the stop text in
-            text = text.split(mark, 1)[0] if mark else text
-        return GenerateResult(text, usage, model_returned=model)
-
-    def _send(self, prompt: Rendered, limit: int, **extra: Any) -> Answer:
-        """One answer, tried at most three times; raises what the class's Notes say about failures."""
-        endpoint = self._endpoint(prompt)
-        resource = self._client.chat.completions if endpoint == "chat" else self._client.completions
-        fields = {"model": self._model, "temperature": 0, **prompt_fields(prompt, endpoint), **extra}
-        tries = 0
-        while True:
-            tries += 1
-            limit_name = self._limit_name if endpoint == "chat" else "max_tokens"
-            try:
-                raw = resource.with_raw_response.create(**fields, **{limit_name: limit})
-            except self._sdk.APIStatusError as error:
-                pause = self._after_status(error, tries, limit_name)
-            except self._sdk.APIConnectionError as error:
-                pause = self._after_connection(error, tries)
-            except self._sdk.OpenAIError as error:
-                raise _CallFailedError(f"{type(error).__name__}: {error}") from error
-            else:
-                return read_answer(raw.http_response.content, endpoint)
-            time.sleep(pause)
-
-    def _after_status(self, error: Any, tries: int, limit_name: str) -> float:
-        """Seconds to wait before the next try; raises if there is none."""
-        status, message = error.status_code, self._clean(error.message)
-        fault = classify(status, error.code, error.param, error.message)
-        if fault == "max-tokens-name" and limit_name == "max_tokens":
-            self._limit_name = "max_completion_tokens"
-            return 0.0
-        if fault in ("fatal", "too-many-logprobs"):
-            hint = _HINTS.get(status, "")
-            if fault == "too-many-logprobs":
-                hint = f"The server may allow fewer than top_logprobs={self._top_logprobs}; lower it."
-            fatal = BackendError(
-                f"{self._model!r} at {self._public_url}: HTTP {status}: {message}", hint=hint
-            )
-            # Some servers repeat the key in their message; a chained error would print it.
-            raise fatal from (error if message == " ".join(error.message.split()) else None)
-        if fault == "no-logprobs":
-            raise _NoLogprobsError(message) from None
-        pause = retry_after(error.response.headers)
-        if fault != "retry" or tries >= _TRIES:
-            raise _CallFailedError(f"HTTP {status} after {_times(tries)}: {message}") from None
-        if pause is not None and pause > _LONGEST_PAUSE:
-            raise _CallFailedError(f"HTTP {status}, asked to wait {pause:g} s: {message}") from None
-        return _FIRST_PAUSE * 2 ** (tries - 1) if pause is None else pause
-
-    def _after_connection(self, error: Any, tries: int) -> float:
-        """Seconds to wait before the next try; raises unless the request certainly never arrived."""
-        cause = type(error.__cause__).__name__
-        if tries < _TRIES and cause in ("ConnectError", "ConnectTimeout"):
-            return _FIRST_PAUSE * 2.0 ** (tries - 1)
-        if isinstance(error, self._sdk.APITimeoutError):
-            raise _CallFailedError(f"no answer within the time limit, after {_times(tries)}") from None
-        raise _CallFailedError(
-            f"no connection to {self._public_url} ({cause}), after {_times(tries)}"
-        ) from None
-
-    def _connect(self) -> None:
-        with self._lock:
-            if self._client is not None:
-                return
-            self._sdk = require("openai", "openai")
-            if self._given_client is not None:
-                self._client = self._given_client
-                return
-            key = os.environ.get("OPENAI_API_KEY")
-            if not key:
-                raise BackendError(
-                    "OPENAI_API_KEY is not set.",
-                    hint="Set it; for a server without keys any text will do. Or pass client=openai.OpenAI(...).",
+            if answer.listed is not None:
+                values, censored = read_labels(answer.listed, candidates)
+                return ScoreResult(values, censored, usage, model_returned=model)
+            chosen = match_label(answer.text or "", candidates)
+            if chosen is None:
+                raise UnreadableAnswerError(
+                    f"unparsable answer {(answer.text or '')[:80]!r} (finish_reason {answer.finish!r}): "
+                    "it does not begin with one of the labels"
                 )
-            self._client = self._sdk.OpenAI(
-                api_key=key, base_url=self._url, timeout=self._timeout, max_retries=0
-            )
+            labels = tuple(0.0 if k == chosen else None for k in range(count))
+            return ScoreResult(labels, (True,) * count, usage, model_returned=model)
+        except (CallFailedError, UnreadableAnswerError) as error:
+            reason = self._connection.clean(str(error))
+            paid = getattr(error, "usage", None) or usage
+            return ScoreResult((None,) * count, (False,) * count, paid, reason, model)
 
-    def _clean(self, text: str) -> str:
-        key = getattr(self._client, "api_key", None)
-        return redact(text, [key] if isinstance(key, str) else [])
+    def _ask(self, request: ScoreRequest, endpoint: Endpoint) -> Answer:
+        """An answer with ``listed`` from a server that gives log-probabilities; finds out whether it does."""
+        known = self._capabilities.get(endpoint, "unknown")
+        if known == "label":
+            return self._ask_label(request, endpoint)
+        extra: dict[str, Any] = {"logprobs": True, "top_logprobs": self._top_logprobs}
+        if endpoint == "completions":
+            extra = {"logprobs": self._top_logprobs}
+        # Room for a whole label until it is known, so that finding out costs no call of its own.
+        limit = 1 if known == "logprobs" else label_tokens(request.candidates)
+        try:
+            answer = self._connection.send(request.prompt, endpoint, limit, **extra)
+        except NoLogprobsError:
+            if known == "logprobs":
+                raise
+            self._capabilities[endpoint] = "label"
+            return self._ask_label(request, endpoint)
+        if answer.listed is not None:
+            self._capabilities[endpoint] = "logprobs"
+            return answer
+        if known == "logprobs":
+            # Its text is not used: values on two scales must not be mixed in one experiment.
+            raise UnreadableAnswerError("no log-probabilities this time, unlike before", answer.usage)
+        if not answer.text and answer.finish == "stop":
+            # The model ended at once, so there was no token to give a log-probability of.
+            raise UnreadableAnswerError("the answer is empty", answer.usage)
+        self._capabilities[endpoint] = "label"
+        return answer
+
+    def _ask_label(self, request: ScoreRequest, endpoint: Endpoint) -> Answer:
+        answer = self._connection.send(request.prompt, endpoint, label_tokens(request.candidates))
+        return replace(answer, listed=None)
+
+    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
+        endpoint = self._endpoint(request.prompt)
+        stop = {"stop": list(request.stop)} if request.stop else {}
+        try:
+            answer = self._connection.send(request.prompt, endpoint, request.max_tokens, **stop)
+        except (CallFailedError, UnreadableAnswerError) as error:
+            usage = getattr(error, "usage", None) or Usage()
+            return GenerateResult(None, usage, self._connection.clean(str(error)))
+        text = answer.text
+        if text is None:
+            reason = f"the answer holds no text (finish_reason {answer.finish!r})"
+            return GenerateResult(None, answer.usage, reason, answer.model)
+        for mark in filter(None, request.stop):
+            text = text.split(mark, 1)[0]  # some servers leave the stop text in
+        return GenerateResult(text, answer.usage, model_returned=answer.model)
 
 
 def _check_range(parameter: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{parameter}={value!r} must be an integer from {low} to {high}.")
-
-
-def _check_client(client: Any) -> None:
-    if isinstance(client, require("openai", "openai").AsyncOpenAI):
-        raise InputError(
-            f"client is a {type(client).__name__}; a synchronous one is needed.",
-            hint="Pass openai.OpenAI(...).",
-        )
-    if not hasattr(client, "chat") or not hasattr(client, "base_url"):
-        raise InputError(f"client is a {type(client).__name__}; an openai.OpenAI client is needed.")
-
-
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(
-        one.prompt_tokens + other.prompt_tokens,
-        one.completion_tokens + other.completion_tokens,
-        one.cached_tokens + other.cached_tokens,
-    )
-
-
-def _times(tries: int) -> str:
-    return "1 try" if tries == 1 else f"{tries} tries"

@@ -10,7 +10,8 @@ and a generation line::
     {"prompt": [{"role": "user", "content": "Capital of France?"}], "max_tokens": 8, "stop": ["\\n"],
      "text": "Paris"}
 
-``censored``, ``usage``, ``model`` and ``stop`` may be left out; ``null`` is a missing log-probability.
+``censored``, ``usage``, ``model`` and ``stop`` may be left out. In place of a log-probability, ``null`` is a
+missing one and ``"-inf"`` that of the impossible.
 """
 
 from __future__ import annotations
@@ -18,36 +19,28 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from ..errors import DataError, InputError, RecordingMissingError
+from proxyprompt.errors import DataError, InputError, RecordingMissingError
+
+from ._recordings import Scored, as_line, parse_line
 from .base import (
     GenerateRequest,
     GenerateResult,
-    Message,
     OnSend,
     OnTokens,
     Rendered,
-    Role,
     ScoreRequest,
     ScoreResult,
-    Usage,
 )
 
 __all__ = ["ReplayBackend", "write_recordings"]
 
 _BLOCK = 64
-_ROLES = ("system", "user", "assistant")
-_SCORE_KEYS = frozenset({"prompt", "candidates", "logprobs", "censored", "usage", "model"})
-_TEXT_KEYS = frozenset({"prompt", "max_tokens", "stop", "text", "usage", "model"})
-
-_Scored: TypeAlias = tuple[ScoreRequest, ScoreResult]
-_Generated: TypeAlias = tuple[GenerateRequest, GenerateResult]
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
@@ -215,7 +208,7 @@ def write_recordings(
     1
     """
     target = Path(path)
-    lines = [json.dumps(_line(*pair), ensure_ascii=False, allow_nan=False) for pair in pairs]
+    lines = [json.dumps(as_line(*pair), ensure_ascii=False, allow_nan=False) for pair in pairs]
     content = "".join(line + "\n" for line in lines).encode()
     if target.suffix == ".gz":
         content = gzip.compress(content, mtime=0)
@@ -257,40 +250,6 @@ def _blocks(
             raise failure
 
 
-def _line(request: ScoreRequest | GenerateRequest, result: ScoreResult | GenerateResult) -> dict[str, Any]:
-    prompt = request.prompt
-    line: dict[str, Any] = {
-        "prompt": prompt
-        if isinstance(prompt, str)
-        else [{"role": m.role, "content": m.content} for m in prompt]
-    }
-    if result.error is not None:
-        raise InputError(
-            f"A result with error={result.error!r} cannot be recorded.",
-            hint="Leave failed calls out of pairs.",
-        )
-    if isinstance(request, ScoreRequest) and isinstance(result, ScoreResult):
-        censored = result.censored or (False,) * len(result.logprobs)
-        line |= {
-            "candidates": list(request.candidates),
-            "logprobs": list(result.logprobs),
-            "censored": list(censored),
-        }
-    elif isinstance(request, GenerateRequest) and isinstance(result, GenerateResult):
-        line |= {"max_tokens": request.max_tokens, "stop": list(request.stop), "text": result.text}
-    else:
-        raise InputError(f"A {type(request).__name__} was paired with a {type(result).__name__}.")
-    usage = result.usage
-    line["usage"] = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "cached_tokens": usage.cached_tokens,
-    }
-    if result.model_returned is not None:
-        line["model"] = result.model_returned
-    return line
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -311,9 +270,9 @@ def _unzipped(content: bytes, path: Path) -> str:
 
 def _load(
     text: str, path: Path, model: str | None
-) -> tuple[dict[Rendered, list[_Scored]], dict[GenerateRequest, GenerateResult]]:
+) -> tuple[dict[Rendered, list[Scored]], dict[GenerateRequest, GenerateResult]]:
     models: set[str | None] = set()
-    scored: dict[Rendered, list[_Scored]] = {}
+    scored: dict[Rendered, list[Scored]] = {}
     generated: dict[GenerateRequest, GenerateResult] = {}
     seen: dict[Any, tuple[int, Any]] = {}
     # Not splitlines(): it also breaks at characters such as U+2028 that JSON allows inside a string.
@@ -321,7 +280,7 @@ def _load(
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        request, result = _parse(line, where)
+        request, result = parse_line(line, where)
         models.add(result.model_returned)
         if model is not None and result.model_returned != model:
             continue
@@ -357,106 +316,3 @@ def _comparable(
         )
         return (request.prompt, frozenset(request.candidates), result.model_returned), values
     return (request, result.model_returned), cast(GenerateResult, result).text
-
-
-def _parse(line: str, where: str) -> _Scored | _Generated:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}).") from error
-    if not isinstance(entry, dict) or "prompt" not in entry:
-        raise DataError(f"{where}: must be a JSON object with a prompt.")
-    keys = _SCORE_KEYS if "candidates" in entry or "logprobs" in entry else _TEXT_KEYS
-    if unknown := sorted(entry.keys() - keys):
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; known here are {', '.join(sorted(keys))}.")
-    prompt = _prompt(entry["prompt"], where)
-    usage = _usage(entry.get("usage"), where)
-    model = entry.get("model")
-    if model is not None and not isinstance(model, str):
-        raise DataError(f"{where}: model={model!r} must be text.")
-    if keys is _SCORE_KEYS:
-        return _parse_scores(entry, prompt, usage, model, where)
-    limit, text, stop = entry.get("max_tokens"), entry.get("text"), entry.get("stop") or []
-    if not _is_count(limit) or limit < 1:
-        raise DataError(f"{where}: max_tokens={limit!r} must be an integer of at least 1.")
-    if not isinstance(text, str):
-        raise DataError(f"{where}: text={text!r} must be text.")
-    if not isinstance(stop, list) or not all(isinstance(each, str) for each in stop):
-        raise DataError(f"{where}: stop={stop!r} must be a list of texts.")
-    return GenerateRequest(prompt, limit, tuple(stop)), GenerateResult(text, usage, model_returned=model)
-
-
-def _parse_scores(
-    entry: Mapping[str, Any], prompt: Rendered, usage: Usage, model: str | None, where: str
-) -> _Scored:
-    candidates, logprobs = entry.get("candidates"), entry.get("logprobs")
-    if (
-        not isinstance(candidates, list)
-        or not candidates
-        or not all(isinstance(c, str) and c for c in candidates)
-    ):
-        raise DataError(f"{where}: candidates={candidates!r} must be a list of one or more texts.")
-    if len(set(candidates)) != len(candidates):
-        raise DataError(f"{where}: candidates={candidates!r} must differ from each other.")
-    if not isinstance(logprobs, list) or len(logprobs) != len(candidates):
-        raise DataError(
-            f"{where}: logprobs={logprobs!r} must be a list of {len(candidates)}, one per candidate."
-        )
-    for value in logprobs:
-        if value is not None and not _is_logprob(value):
-            raise DataError(
-                f"{where}: log-probability {value!r} must be null or a finite number of at most 0."
-            )
-    censored = entry.get("censored")
-    if censored is None:
-        censored = [False] * len(candidates)
-    if (
-        not isinstance(censored, list)
-        or len(censored) != len(candidates)
-        or not all(isinstance(each, bool) for each in censored)
-    ):
-        raise DataError(f"{where}: censored={censored!r} must be a list of {len(candidates)} true or false.")
-    values = tuple(None if value is None else float(value) for value in logprobs)
-    return (
-        ScoreRequest(prompt, tuple(candidates)),
-        ScoreResult(values, tuple(censored), usage, model_returned=model),
-    )
-
-
-def _prompt(value: object, where: str) -> Rendered:
-    if isinstance(value, str):
-        return value
-    turns: list[Message] = []
-    for turn in value if isinstance(value, list) else ():
-        if (
-            not isinstance(turn, dict)
-            or turn.keys() != {"role", "content"}
-            or turn["role"] not in _ROLES
-            or not isinstance(turn["content"], str)
-        ):
-            raise DataError(
-                f"{where}: chat turn {turn!r} must have a role (one of {', '.join(_ROLES)}) and content."
-            )
-        turns.append(Message(cast(Role, turn["role"]), turn["content"]))
-    if not turns:
-        raise DataError(f"{where}: prompt={value!r} must be text or a list of chat turns.")
-    return tuple(turns)
-
-
-def _usage(value: object, where: str) -> Usage:
-    if value is None:
-        return Usage()
-    names = ("prompt_tokens", "completion_tokens", "cached_tokens")
-    if not isinstance(value, dict) or value.keys() - set(names) or not all(map(_is_count, value.values())):
-        raise DataError(f"{where}: usage={value!r} must map {', '.join(names)} to counts.")
-    return Usage(**value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_logprob(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= 0
-    )

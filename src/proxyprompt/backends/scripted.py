@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from ..errors import BackendError, InputError
+from proxyprompt.errors import BackendError, InputError
+
 from .base import (
     GenerateRequest,
     GenerateResult,
@@ -114,7 +115,7 @@ class ScriptedBackend:
         on_send: OnSend | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
-        """Yield blocks of ``(index, ScoreResult)`` in order, calling the script only when a block is asked for.
+        """Yield blocks of ``(index, ScoreResult)`` in order; the script runs when a block is asked for.
 
         Raises
         ------
@@ -187,7 +188,7 @@ class ScriptedBackend:
         if len(values) != len(request.candidates):
             raise InputError(
                 f"The score script returned {len(values)} values for {len(request.candidates)} candidates.",
-                hint="Return one log-probability per candidate, or a mapping from candidate to log-probability.",
+                hint="Return one log-probability per candidate, or a mapping from candidates to them.",
             )
         logprobs = tuple(_checked(value) for value in values)
         return ScoreResult(logprobs, (False,) * len(logprobs), Usage(prompt_tokens=_words(request.prompt)))
@@ -211,9 +212,9 @@ def _checked(value: float | None) -> float | None:
     if value is None:
         return None
     number = float(value)
-    if not math.isfinite(number) or number > 0:
+    if math.isnan(number) or number > 0:
         raise InputError(
-            f"The score script returned {value!r} as a log-probability; it must be finite and at most 0.",
+            f"The score script returned {value!r} as a log-probability; it must be at most 0.",
             hint="Use None for a missing value.",
         )
     return number

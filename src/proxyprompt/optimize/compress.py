@@ -35,7 +35,7 @@ class PathPoint:
     low, high : float
         95 % interval of that mean.
     difference : float
-        Mean of ``performance - tau * performance of the full prompt``, paired by query.
+        Mean of ``performance - tau * performance of the reference``, paired by query.
     difference_se : float
     tokens : float
         Mean tokens of the rendered prompts; 0 where not known.
@@ -75,6 +75,8 @@ class Compression:
     ----------
     full : PathPoint
         The deployed prompt.
+    reference : float
+        Performance that ``tau`` is a share of: the better of the full and the cleaned prompt.
     points : tuple of PathPoint
         Measured points of the path, from most to fewest demonstrations.
     chosen : PathPoint
@@ -86,6 +88,7 @@ class Compression:
     """
 
     full: PathPoint
+    reference: float
     points: tuple[PathPoint, ...]
     chosen: PathPoint
     candidates: tuple[PathPoint, ...]
@@ -144,7 +147,7 @@ def compress(
     evaluate : callable
         Target values of coalitions of the whole prompt, on the selection split.
     tau : float
-        Share of the full prompt's performance that must remain, in (0, 1].
+        Share of the reference performance that must remain, in (0, 1].
     n_sealed : int
         Size of the sealed split; decides which cut is safe enough to be worth certifying first.
     level : float
@@ -167,7 +170,7 @@ def compress(
     grid = sorted({int(round(x)) for x in np.linspace(0, last, n_grid)})
     values = evaluate(np.vstack([whole, path[grid]]))
     values.require_complete("measuring the path on the target")
-    reference = values.performance[0]
+    reference = max(values.performance[:2], key=lambda row: float(np.nanmean(row)))
     full = _point(whole[0], reference, reference, tau, values.prompt_tokens[0])
     measured = {
         step: _point(path[step], values.performance[1 + k], reference, tau, values.prompt_tokens[1 + k])
@@ -182,6 +185,7 @@ def compress(
     chosen = _chosen(measured)
     return Compression(
         full=full,
+        reference=float(np.nanmean(reference)),
         points=tuple(measured[s] for s in sorted(measured)),
         chosen=measured[chosen],
         candidates=_candidates(measured, chosen, n_sealed, len(reference), level),

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArtifactError, InputError
+from proxyprompt.errors import ArtifactError, InputError
+
 from ._text import visible
 
 __all__ = ["SCHEMA_VERSION", "VERDICTS", "read"]
@@ -253,7 +254,9 @@ def _check(value: Any, rule: Any, path: str) -> Any:
             raise _wrong(value, "an object", path)
         for key, inner in rule.items():
             if key not in value and not isinstance(inner, Optional):
-                raise InputError(f"{path}.{key} is missing; it is required.", hint="Fill it, or null a number.")
+                raise InputError(
+                    f"{path}.{key} is missing; it is required.", hint="Fill it, or null a number."
+                )
         return {key: _check(value.get(key), inner, f"{path}.{key}") for key, inner in rule.items()}
     if isinstance(rule, ListOf):
         if not isinstance(value, (list, tuple)):

@@ -25,7 +25,9 @@ NOT_AVAILABLE = "n/a"
 
 # Printable by Python's rules and yet without ink: fillers, joiners and variation selectors. Plain text or
 # emoji presentation (U+FE0E, U+FE0F) is left alone, because nearly every emoji carries it.
-_NO_INK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]")
+_NO_INK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]"
+)
 
 _CURRENCY_SIGNS = {"USD": "$", "EUR": "\u20ac", "GBP": "\u00a3"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from . import _text as t
@@ -20,16 +21,43 @@ _STATUS = {
 _DECISIONS = {"accepted": "good", "rejected": "warn", "undecided": "calm", "not_tested": "calm"}
 
 _GROUPS = (
-    (False, "harmful", "Harmful on these queries", "Answers get better without them. They may well be honest examples."),
+    (
+        False,
+        "harmful",
+        "Harmful on these queries",
+        "Answers get better without them. They may well be honest examples.",
+    ),
     (False, "redundant", "Redundant", "They cost tokens and add nothing that the kept ones do not give."),
-    (False, "unclear", "Effect too small to tell", "Removed to save tokens; no effect could be told from noise."),
-    (False, "useful", "Useful, but not needed to hold the line", "They help a little; the target holds without them."),
+    (
+        False,
+        "unclear",
+        "Effect too small to tell",
+        "Removed to save tokens; no effect could be told from noise.",
+    ),
+    (
+        False,
+        "useful",
+        "Useful, but not needed to hold the line",
+        "They help a little; the target holds without them.",
+    ),
     (True, "useful", "Useful", "They earn their tokens."),
     (True, "unclear", "Unclear", "No effect could be told from noise, so they stay."),
-    (True, "redundant", "Redundant, kept all the same", "Removing them as well was not shown to be safe for accuracy."),
+    (
+        True,
+        "redundant",
+        "Redundant, kept all the same",
+        "Removing them as well was not shown to be safe for accuracy.",
+    ),
     (True, "harmful", "Suspected harmful, kept all the same", "Flagged, but not confirmed on the target."),
 )
 
+# Month names do not come from strftime: it would follow the machine's locale.
+_MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
+)  # fmt: skip
+
+_POINTS = "\u00a0points"
 _PERCENT_NAMES = {"accuracy", "exact match", "exact_match", "balanced accuracy"}
 
 
@@ -50,12 +78,14 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view = read(summary)
     label, tone = _STATUS[view["verdict"]["status"]]
     view["status"] = {"label": label, "tone": tone}
+    view["when"] = _when(view["created"])
     view["n_removed"] = sum(not d["kept"] for d in view["demonstrations"])
     view["figures"] = _figures(view)
     view["groups"] = _groups(view["demonstrations"])
     view["explained"] = _explained(view)
     view["certificate_sentences"] = _certificate(view)
     view["sequence"] = _sequence(view)
+    view["sequence_unit"] = ", points" if performance_format(view["performance_name"]) is t.percent else ""
     view["prompts"] = _prompts(view)
     view["proxies"] = [_proxy(p) for p in (view["screening"] or {"proxies": []})["proxies"]]
     view["money_sentences"] = _money(view["cost"])
@@ -70,11 +100,21 @@ def proposed(view: Mapping[str, Any]) -> bool:
     return bool(view["verdict"]["status"] == "not_certified" and view["n_removed"])
 
 
+def _when(created: str) -> str:
+    try:
+        moment = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    except ValueError:
+        return created
+    zone = f" {moment.tzname()}" if moment.tzinfo else ""
+    return f"{moment.day} {_MONTHS[moment.month - 1]} {moment.year}, {moment:%H:%M}{zone}"
+
+
 def _figures(view: dict[str, Any]) -> list[dict[str, str]]:
     before, after, cost = view["before"], view["after"], view["cost"]
     show = performance_format(view["performance_name"])
     full, small = before["performance"], after["performance"]
     maybe = " (proposal)" if proposed(view) else ""
+    gone = "proposed for removal" if maybe else "removed"
     n_before, n_after = before["n_demonstrations"], after["n_demonstrations"]
     removed = None if n_before is None or n_after is None else n_before - n_after
     sealed = "sealed " if view["certificate"] else ""
@@ -86,7 +126,9 @@ def _figures(view: dict[str, Any]) -> list[dict[str, str]]:
             "label": "Demonstrations" + maybe,
             "before": t.count(n_before),
             "after": t.count(n_after),
-            "note": f"{t.count(removed)} removed ({t.share(removed / n_before)})" if removed and n_before else "none removed",
+            "note": f"{t.count(removed)} {gone} ({t.share(removed / n_before)})"
+            if removed and n_before
+            else "none removed",
         },
         {
             "label": view["performance_name"][:1].upper() + view["performance_name"][1:] + maybe,
@@ -96,15 +138,19 @@ def _figures(view: dict[str, Any]) -> list[dict[str, str]]:
             f"{t.count(small['n'])} {sealed}queries",
         },
         {
-            "label": "Prompt tokens saved per call",
+            "label": "Tokens saved per call" + maybe,
             "before": "",
             "after": t.share(saved),
-            "note": f"{tokens[0]} \u2192 {tokens[1]} tokens" if before["tokens"] is not None else "tokens not counted",
+            "note": f"{tokens[0]} \u2192 {tokens[1]} tokens"
+            if before["tokens"] is not None
+            else "tokens not counted",
         },
         {
-            "label": "Paid for itself after",
+            "label": "Paid for itself after" + maybe,
             "before": "",
-            "after": t.plural(cost["break_even_calls"], "call") if cost["break_even_calls"] is not None else "\u2013",
+            "after": t.plural(cost["break_even_calls"], "call")
+            if cost["break_even_calls"] is not None
+            else "\u2013",
             "note": _pays(cost, priced),
         },
     ]
@@ -122,12 +168,17 @@ def _groups(demonstrations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups = []
     for kept, verdict, title, meaning in _GROUPS:
         rows = [d for d in demonstrations if d["kept"] is kept and d["verdict"] == verdict]
-        rows.sort(key=lambda d: (d["attribution"] is None, d["attribution"] or 0.0), reverse=kept and verdict == "useful")
+        rows.sort(
+            key=lambda d: (d["attribution"] is None, d["attribution"] or 0.0),
+            reverse=kept and verdict == "useful",
+        )
         for d in rows:
             d["checked"] = _confirmation(d["confirmation"])
             d["credit"] = f"{t.signed(d['attribution'])} \u00b1 {t.fixed(d['standard_error'])}"
         if rows:
-            groups.append({"kept": kept, "verdict": verdict, "title": title, "meaning": meaning, "rows": rows})
+            groups.append(
+                {"kept": kept, "verdict": verdict, "title": title, "meaning": meaning, "rows": rows}
+            )
     return groups
 
 
@@ -156,7 +207,7 @@ def _certificate(view: dict[str, Any]) -> list[str]:
     passed = found["decision"] == "certified"
     rule = f"loses at most {show(found['margin'])} of {name} against the full one"
     if found["tau"] is not None:
-        rule = f"keeps at least {t.fixed(found['tau'], 2)} times the {name} of the full one"
+        rule = f"keeps at least {t.share(found['tau'])} of the {name} of the full one (tau = {t.fixed(found['tau'], 2)})"
     opening = f"On {t.plural(found['n'], 'query', 'queries')} that no earlier step had seen, the full prompt reached "
     scores = f"{show(view['before']['performance']['value'])} and the smaller one {show(view['after']['performance']['value'])}."
     verb = "At" if passed else "It could not be shown at"
@@ -180,7 +231,7 @@ def _certificate(view: dict[str, Any]) -> list[str]:
 def _points(value: float | None, show: Callable[[float | None], str]) -> str:
     if value is None or show is t.fixed:
         return t.signed(value)
-    return f"{t.signed(100 * value, 1)}\u00a0points"
+    return t.signed(100 * value, 1) + _POINTS
 
 
 def _sequence(view: dict[str, Any]) -> list[dict[str, str]]:
@@ -192,8 +243,12 @@ def _sequence(view: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "n_kept": t.count(step["n_kept"]),
                 "performance": show(step["performance"]) if step["tested"] else "\u2013",
-                "difference": _points(step["difference"], show) if step["tested"] else "\u2013",
-                "lower_bound": _points(step["lower_bound"], show) if step["tested"] else "\u2013",
+                "difference": _points(step["difference"], show).removesuffix(_POINTS)
+                if step["tested"]
+                else "\u2013",
+                "lower_bound": _points(step["lower_bound"], show).removesuffix(_POINTS)
+                if step["tested"]
+                else "\u2013",
                 "outcome": outcome,
                 "tone": {"passed": "good", "failed": "warn"}.get(outcome, "calm"),
             }
@@ -207,7 +262,9 @@ def _prompts(view: dict[str, Any]) -> list[dict[str, Any]]:
     if view["n_removed"]:
         rows.append(("Smaller prompt" + (" (proposal)" if proposed(view) else ""), view["after"]))
     if view["zero_shot"]:
-        rows.append(("No demonstrations", {"n_demonstrations": 0, "tokens": None, "performance": view["zero_shot"]}))
+        rows.append(
+            ("No demonstrations", {"n_demonstrations": 0, "tokens": None, "performance": view["zero_shot"]})
+        )
     return [
         {
             "name": name,
@@ -262,10 +319,13 @@ def _money(cost: dict[str, Any]) -> list[str]:
     if priced is None:
         return [bought, saving, "Unpriced: no price was given, so everything is stated in tokens."]
     currency = priced["currency"]
+    cost_of_run, saving_of_calls, rate = (
+        t.money(priced[k], currency)
+        for k in ("run_cost", "saved_per_thousand_calls", "price_input_per_million")
+    )
     price = (
-        f"In money: the run cost {t.money(priced['run_cost'], currency)}; 1,000 calls save "
-        f"{t.money(priced['saved_per_thousand_calls'], currency)}, at {t.money(priced['price_input_per_million'], currency)} "
-        f"per million input tokens ({priced['source']})."
+        f"In money: the run cost {cost_of_run}; 1,000 calls save {saving_of_calls}, at {rate} per million "
+        f"input tokens ({priced['source']})."
     )
     return [bought, saving, price]
 
@@ -275,9 +335,11 @@ def _crr(crr: dict[str, Any] | None) -> str:
         return ""
     ratios = [f"{t.fixed(crr[k], 1)} in {k}" for k in ("calls", "tokens") if crr[k] is not None]
     return (
-        f"Cost reduction ratio: {' and '.join(ratios) or t.NOT_AVAILABLE}. In tokens: {t.count(crr['oracle_tokens'])} to "
-        f"explain with the target alone, against {t.count(crr['proxy_tokens_priced'])} (proxy, at its price) + "
-        f"{t.count(crr['fallback_tokens'])} (fallback) + {t.count(crr['screen_tokens'])} (screening). {crr['text']}"
+        f"Cost reduction ratio: {' and '.join(ratios) or t.NOT_AVAILABLE}. In tokens: "
+        f"{t.count(crr['oracle_tokens'])} to explain with the target alone, against "
+        f"{t.count(crr['proxy_tokens_priced'])} (proxy, at its price) + "
+        f"{t.count(crr['fallback_tokens'])} (fallback) + {t.count(crr['screen_tokens'])} (screening). "
+        f"{crr['text']}"
     ).strip()
 
 

@@ -5,95 +5,18 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from . import _text as t
-from ._schema import VERDICTS
 from ._view import performance_format
+from .marks import filling
 from .svg import COLOURS, Box, Canvas, Labels, Scale, linear_ticks, log_ticks, path, text_width
 
-__all__ = ["attribution_bar", "attribution_chart", "curve_chart", "evidence_chart", "interval_bar", "patterns", "swatch"]
+__all__ = ["attribution_chart", "curve_chart", "evidence_chart"]
 
 _Row = Mapping[str, Any]
 _MAX_PATH_POINTS = 400
-
-
-def patterns() -> str:
-    """Hatchings for estimated values; the page holds them once."""
-    root = ET.Element("svg", {"width": "0", "height": "0", "class": "defs", "aria-hidden": "true"})
-    definitions = ET.SubElement(root, "defs")
-    for verdict in VERDICTS:
-        pattern = ET.SubElement(
-            definitions,
-            "pattern",
-            {
-                "id": f"hatch-{verdict}",
-                "width": "4",
-                "height": "4",
-                "patternUnits": "userSpaceOnUse",
-                "patternTransform": "rotate(45)",
-            },
-        )
-        ET.SubElement(
-            pattern,
-            "rect",
-            {"width": "4", "height": "4", "class": f"f-{verdict}", "fill": COLOURS[verdict], "opacity": "0.22"},
-        )
-        ET.SubElement(
-            pattern, "rect", {"width": "1.6", "height": "4", "class": f"f-{verdict}", "fill": COLOURS[verdict]}
-        )
-    return ET.tostring(root, encoding="unicode")
-
-
-def _filling(verdict: str, source: str) -> dict[str, str]:
-    """Solid for what was measured on the target, hatched with an outline for what a proxy estimated."""
-    if source == "measured":
-        return {"class_": f"f-{verdict}", "fill": COLOURS[verdict]}
-    return {"class_": f"s-{verdict}", "fill": f"url(#hatch-{verdict})", "stroke": COLOURS[verdict], "stroke_width": "0.8"}
-
-
-def swatch(name: str, verdict: str, source: str) -> str:
-    """Legend mark."""
-    what = f"{verdict}, {source}"
-    canvas = Canvas(14, 14, name=name, title=what, description=f"Colour of {what} values.", classes="swatch")
-    canvas.add("rect", x=1, y=1, width=12, height=12, rx=2, **_filling(verdict, source))
-    return canvas.render()
-
-
-def attribution_bar(demonstration: _Row, reach: float, name: str) -> str:
-    """One attribution as a bar from zero with a whisker of one standard error; ``reach`` is the shared half scale."""
-    value, error = demonstration["attribution"], demonstration["standard_error"] or 0.0
-    canvas = Canvas(
-        150,
-        18,
-        name=name,
-        title=f"Attribution of {t.clip(demonstration['id'], 40)}",
-        description=f"{demonstration['credit']}, {demonstration['source']}",
-        classes="bar",
-    )
-    scale = Scale(-reach, reach, 3, 147)
-    zero = scale(0)
-    if value is not None:
-        x = scale(value)
-        fill = _filling(demonstration["verdict"], demonstration["source"])
-        canvas.add("rect", x=min(x, zero), y=4, width=max(abs(x - zero), 1), height=10, **fill)
-        ends = [scale(max(-reach, min(reach, value + side * error))) for side in (-1, 1)]
-        canvas.line(ends[0], 9, ends[1], 9, "ink", stroke_width=1.2)
-    canvas.line(zero, 0, zero, 18, "muted")
-    return canvas.render()
-
-
-def interval_bar(performance: _Row, low: float, high: float, name: str, *, marked: bool = False) -> str:
-    """A value with its interval as a dot on a line, ``low..high`` being the shared scale."""
-    values = (performance["value"], performance["low"], performance["high"])
-    canvas = Canvas(150, 18, name=name, title="Interval", description="Value with its 95 % interval.", classes="bar")
-    canvas.line(3, 9, 147, 9, "grid")
-    if None not in values:
-        scale = Scale(low, high, 6, 144)
-        colour = "useful" if marked else "muted"
-        canvas.line(scale(values[1]), 9, scale(values[2]), 9, colour, stroke_width=3)
-        canvas.add("circle", cx=scale(values[0]), cy=9, r=4.5, class_=f"f-{colour}", fill=COLOURS[colour])
-    return canvas.render()
 
 
 def curve_chart(view: _Row, width: float, name: str) -> str:
@@ -116,9 +39,9 @@ def curve_chart(view: _Row, width: float, name: str) -> str:
     low, high = min(heights), max(heights)
     pad = 0.08 * (high - low) or 0.05
     floor, ceiling = low - pad, high + pad
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         floor, ceiling = max(floor, 0.0), min(ceiling, 1.0)
-    ticks = linear_ticks(floor, ceiling, 5)
+    ticks = linear_ticks(floor, ceiling, 7)
     whole = show is t.percent and all(abs(100 * v - round(100 * v)) < 1e-6 for v in ticks)
     names = [t.percent(v, 0) if whole else show(v) for v in ticks]
     left = max(text_width(n, 12) for n in names) + 14
@@ -136,15 +59,17 @@ def curve_chart(view: _Row, width: float, name: str) -> str:
     if len(points) > 1:
         edge = [(x(p["n_kept"]), y(p["high"])) for p in points]
         edge += [(x(p["n_kept"]), y(p["low"])) for p in reversed(points)]
-        canvas.add("path", d=path(edge, close=True), class_="f-band", fill=COLOURS["band"], opacity=0.7)
+        fill = {"class": "f-band", "fill": COLOURS["band"], "opacity": "0.7"}
+        canvas.add("path", None, fill, d=path(edge, close=True))
     else:
-        canvas.line(x(points[0]["n_kept"]), y(points[0]["low"]), x(points[0]["n_kept"]), y(points[0]["high"]), "useful")
+        only = x(points[0]["n_kept"])
+        canvas.line(only, y(points[0]["low"]), only, y(points[0]["high"]), "useful")
     if line is not None:
-        canvas.line(left, y(line), width - 12, y(line), "harmful", stroke_dasharray="6 4", stroke_width=1.5)
+        canvas.line(left, y(line), width - 12, y(line), "harmful", dash="6 4", width=1.5)
     centres = [(x(p["n_kept"]), y(p["value"])) for p in points]
-    canvas.add("path", d=path(centres), class_="s-useful", stroke=COLOURS["useful"], stroke_width=2, fill="none")
+    canvas.stroke(path(centres), "useful", 2)
     for p, (cx, cy) in zip(points, centres, strict=True):
-        dot = canvas.add("circle", cx=cx, cy=cy, r=3, class_="f-useful", fill=COLOURS["useful"])
+        dot = canvas.dot(cx, cy, 3, "useful")
         ET.SubElement(dot, "title").text = f"{t.count(p['n_kept'])} kept: {show(p['value'])}"
     n_ticks = 8 if width > 500 else 5
     canvas.x_axis(x, linear_ticks(0, x.high, n_ticks, whole=True), height - 48, "demonstrations kept")
@@ -164,7 +89,7 @@ def _curve_labels(
     line = view["curve"]["tau_line"]
     frame = Box(x.start, 6, canvas.width - 4, y.start - 2)
     obstacles = [Box(cx - 5, cy - 5, cx + 5, cy + 5) for cx, cy in centres]
-    for (x1, y1), (x2, y2) in zip(centres, centres[1:], strict=False):
+    for (x1, y1), (x2, y2) in pairwise(centres):
         steps = max(int((x2 - x1) / 12), 1)
         for i in range(steps):
             mx, my = x1 + (x2 - x1) * (i + 0.5) / steps, y1 + (y2 - y1) * (i + 0.5) / steps
@@ -179,24 +104,37 @@ def _curve_labels(
             words = "full prompt, kept"
         label = f"{words}: {t.count(p['n_kept'])}, {show(p['value'])}"
         colour = "good" if p["chosen"] else "ink"
-        canvas.add(
-            "circle", cx=cx, cy=cy, r=6.5, class_=f"f-{colour} s-paper", fill=COLOURS[colour], stroke=COLOURS["paper"],
-            stroke_width=2,
-        )  # fmt: skip
-        spots = [(cx + dx, cy + dy, a) for dy in (-14, 24, -32, 42, -50, 60) for dx, a in ((0, "middle"), (8, "end"), (-8, "start"))]
+        canvas.dot(cx, cy, 6.5, colour, halo=True)
+        spots = [
+            (cx + dx, cy + dy, a)
+            for dy in (-14, 24, -32, 42, -50, 60)
+            for dx, a in ((0, "middle"), (8, "end"), (-8, "start"))
+        ]
         spot = labels.place(label, 13, spots)
         if spot is not None:
             canvas.text(spot[0], spot[1], label, anchor=spot[2], size=13, classes=f"{colour} strong halo")
     if line is not None:
-        at_line = f"line to hold: {show(line)}"
+        tau = (view["certificate"] or {"tau": None})["tau"]
+        at_line = "line to hold" if tau is None else f"{t.fixed(tau, 2)} \u00d7 full prompt"
+        at_line += f": {show(line)}"
         right = canvas.width - 14
-        spot = labels.place(at_line, 12, [(px, y(line) + dy, a) for dy in (16, -6) for px, a in ((x.start + 4, "start"), (right, "end"))])
+        spot = labels.place(
+            at_line,
+            12,
+            [(px, y(line) + dy, a) for dy in (16, -6) for px, a in ((x.start + 4, "start"), (right, "end"))],
+        )
         if spot is not None:
             canvas.text(spot[0], spot[1], at_line, anchor=spot[2], classes="harmful halo")
 
 
 def attribution_chart(view: _Row, width: float, name: str) -> str:
-    """All demonstrations in order of attribution, as columns with error bars; removed ones are crossed below."""
+    """All demonstrations in order of attribution, as columns with error bars; removed ones are crossed.
+
+    Returns
+    -------
+    str
+        Markup; empty if no demonstration has an attribution.
+    """
     rows = sorted(
         (d for d in view["demonstrations"] if d["attribution"] is not None), key=lambda d: d["attribution"]
     )
@@ -211,44 +149,53 @@ def attribution_chart(view: _Row, width: float, name: str) -> str:
     left = max(text_width(n, 12) for n in names) + 14
     step = (width - 12 - left) / len(rows)
     size = 11.0 if step >= 13 else 9.0
-    ids = [t.clip(d["id"], 12) for d in rows] if step >= 10 else []
-    bottom = 24 + max((text_width(i, size) for i in ids), default=18)
-    height = 230 + bottom
+    ids = [t.clip(t.one_line(d["id"]), 12) for d in rows] if step >= 10 else []
     y = Scale(low - pad, high + pad, 226, 10)
     canvas = Canvas(
         width,
-        height,
+        254 + max((text_width(i, size) for i in ids), default=34),
         name=name,
         title="Attribution of every demonstration, lowest first",
         description=f"{t.plural(len(rows), 'demonstration')}, from {t.signed(low)} to {t.signed(high)}. "
         "Solid columns were measured on the target, hatched ones estimated with a proxy.",
     )
     canvas.y_axis(y, ticks, names, left, width - 12)
-    bar = min(step * 0.72, 44.0)
-    whiskers, crosses = [], []
-    for i, d in enumerate(rows):
-        centre, value, error = left + (i + 0.5) * step, d["attribution"], d["standard_error"] or 0.0
-        top = min(y(value), y(0))
-        column = canvas.add(
-            "rect", x=centre - bar / 2, y=top, width=bar, height=max(abs(y(value) - y(0)), 1.0), **_filling(d["verdict"], d["source"])
-        )
-        ET.SubElement(column, "title").text = f"{t.clip(d['id'], 40)}: {d['credit']}, {d['source']}, {d['verdict']}"
-        whiskers.append(path([(centre, y(value - error)), (centre, y(value + error))]))
-        if not d["kept"]:
-            r = min(3.5, step * 0.3)
-            crosses.append(path([(centre - r, 240 - r), (centre + r, 240 + r)]) + path([(centre - r, 240 + r), (centre + r, 240 - r)]))
-        if ids:
-            at = f"rotate(-90 {centre + 0.35 * size:.1f} 250)"
-            canvas.text(centre + 0.35 * size, 250, ids[i], anchor="end", size=size, transform=at)
-    canvas.add("path", d="".join(whiskers), class_="s-ink", stroke=COLOURS["ink"], stroke_width=1.2 if step > 6 else 0.6)
+    _columns(canvas, rows, y, left, step)
     canvas.line(left, y(0), width - 12, y(0), "muted")
-    if crosses:
-        canvas.add("path", d="".join(crosses), class_="s-ink", stroke=COLOURS["ink"], stroke_width=1.4 if step > 6 else 0.8)
+    for i, label in enumerate(ids):
+        x = left + (i + 0.5) * step + 0.35 * size
+        canvas.text(x, 250, label, anchor="end", size=size, transform=f"rotate(-90 {x:.1f} 250)")
     if not ids:
         ranks = Scale(1, len(rows), left + step / 2, width - 12 - step / 2)
         for rank in linear_ticks(1, len(rows), 6, whole=True):
             canvas.text(ranks(rank), 262, t.count(rank), anchor="middle")
+        canvas.text((left + width - 12) / 2, 280, "rank, lowest attribution first", anchor="middle")
     return canvas.render()
+
+
+def _columns(canvas: Canvas, rows: Sequence[_Row], y: Scale, left: float, step: float) -> None:
+    bar, r = min(step * 0.72, 44.0), min(3.5, step * 0.3)
+    whiskers, crosses = [], []
+    for i, d in enumerate(rows):
+        x, value, error = left + (i + 0.5) * step, d["attribution"], d["standard_error"] or 0.0
+        column = canvas.add(
+            "rect",
+            None,
+            filling(d["verdict"], d["source"]),
+            x=x - bar / 2,
+            y=min(y(value), y(0)),
+            width=bar,
+            height=max(abs(y(value) - y(0)), 1.0),
+        )
+        tip = ET.SubElement(column, "title")
+        tip.text = f"{t.clip(d['id'], 40)}: {d['credit']}, {d['source']}, {d['verdict']}"
+        whiskers.append(path([(x, y(value - error)), (x, y(value + error))]))
+        if not d["kept"]:
+            crosses.append(path([(x - r, 240 - r), (x + r, 240 + r)]))
+            crosses.append(path([(x - r, 240 + r), (x + r, 240 - r)]))
+    canvas.stroke("".join(whiskers), "ink", 1.2 if step > 6 else 0.6)
+    if crosses:
+        canvas.stroke("".join(crosses), "ink", 1.4 if step > 6 else 0.8)
 
 
 def evidence_chart(proxy: _Row, name: str) -> str:
@@ -258,42 +205,66 @@ def evidence_chart(proxy: _Row, name: str) -> str:
         return ""
     stride = math.ceil(len(points) / _MAX_PATH_POINTS)
     points = points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])
-    bars = [(w, proxy[k]) for w, k in (("accepted above", "threshold"), ("rejected below", "lower_threshold")) if proxy[k] is not None]
+    bars = [
+        (w, proxy[k])
+        for w, k in (("accepted above", "threshold"), ("rejected below", "lower_threshold"))
+        if proxy[k] is not None
+    ]
     values = [v for _, v in points] + [v for _, v in bars]
     low, high = min(values), max(values)
-    log = low > 0 and high / low >= 50
+    what = proxy["path_name"] or "evidence"
+    # An e-value multiplies up pair by pair, so equal evidence is an equal step on a log scale only.
+    log = low > 0 and (high / low >= 50 or "e-value" in what.lower())
     if log:
         low, high = low / 1.6, high * 1.6
     else:
         pad = 0.1 * (high - low) or 1.0
         low, high = low - pad, high + pad
     ticks = log_ticks(low, high, 5) if log else linear_ticks(low, high, 4)
-    names = [t.fixed(v, 0 if v >= 1 else 3) if log else t.fixed(v, 0 if abs(v) >= 10 or v == int(v) else 2) for v in ticks]
+    names = [
+        t.fixed(v, 0 if v >= 1 else 3) if log else t.fixed(v, 0 if abs(v) >= 10 or v == int(v) else 2)
+        for v in ticks
+    ]
     left = max(text_width(n, 12) for n in names) + 14
-    width, height = 400.0, 230.0
+    width, height = 400.0, 246.0
     x = Scale(min(0.0, points[0][0]), max(n for n, _ in points), left, width - 16)
-    y = Scale(low, high, height - 48, 14, log)
-    what = proxy["path_name"] or "evidence"
+    y = Scale(low, high, height - 48, 28, log)
     canvas = Canvas(
         width,
         height,
         name=name,
         title=f"{what} over query pairs",
-        description=f"Starts at {t.fixed(points[0][1])}, ends at {t.fixed(points[-1][1])} after {t.count(points[-1][0])} pairs.",
+        description=f"Starts at {t.fixed(points[0][1])}, ends at {t.fixed(points[-1][1])} after "
+        f"{t.count(points[-1][0])} pairs.",
     )
     canvas.y_axis(y, ticks, names, left, width - 10)
+    canvas.text(0, 12, t.clip(what, 48) + (" (log scale)" if log else ""))
     spots = [Box(x(n) - 4, y(v) - 4, x(n) + 4, y(v) + 4) for n, v in points]
     spots += [Box(left, y(v) - 1, width, y(v) + 1) for _, v in bars]
-    labels = Labels(Box(left, 4, width - 4, height - 50), spots)
+    labels = Labels(Box(left, 18, width - 4, height - 50), spots)
     for words, value in bars:
         colour = "good" if words.startswith("accepted") else "harmful"
-        canvas.line(left, y(value), width - 10, y(value), colour, stroke_dasharray="6 4", stroke_width=1.5)
-    canvas.add("path", d=path((x(n), y(v)) for n, v in points), class_="s-useful", stroke=COLOURS["useful"], stroke_width=2, fill="none")
-    canvas.add("circle", cx=x(points[-1][0]), cy=y(points[-1][1]), r=4, class_="f-useful", fill=COLOURS["useful"])
+        canvas.line(left, y(value), width - 10, y(value), colour, dash="6 4", width=1.5)
+    canvas.stroke(path((x(n), y(v)) for n, v in points), "useful", 2)
+    canvas.dot(x(points[-1][0]), y(points[-1][1]), 4, "useful")
     for words, value in bars:
         label = f"{words} {t.fixed(value, 2) if abs(value) < 10 else t.fixed(value, 0)}"
-        spot = labels.place(label, 12, [(px, y(value) + dy, a) for dy in (-6, 16) for px, a in ((left + 6, "start"), (width - 12, "end"))])
+        spot = labels.place(
+            label,
+            12,
+            [
+                (px, y(value) + dy, a)
+                for dy in (-6, 16)
+                for px, a in ((left + 6, "start"), (width - 12, "end"))
+            ],
+        )
         if spot is not None:
-            canvas.text(spot[0], spot[1], label, anchor=spot[2], classes=("good" if words.startswith("acc") else "harmful") + " halo")
+            canvas.text(
+                spot[0],
+                spot[1],
+                label,
+                anchor=spot[2],
+                classes=("good" if words.startswith("acc") else "harmful") + " halo",
+            )
     canvas.x_axis(x, linear_ticks(x.low, x.high, 5, whole=True), height - 44, "query pairs used")
     return canvas.render()

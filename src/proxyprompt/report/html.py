@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from .._require import require
+from proxyprompt._require import require
+
 from . import _text as t
-from . import charts
+from . import charts, marks
 from ._schema import VERDICTS
 from ._view import build
 
@@ -58,7 +59,13 @@ def render_html(summary: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=t.count, fixed=t.fixed, signed=t.signed, share=t.share, plural=t.plural, one_line=t.one_line, clip=t.clip
+        count=t.count,
+        fixed=t.fixed,
+        signed=t.signed,
+        share=t.share,
+        plural=t.plural,
+        one_line=t.one_line,
+        clip=t.clip,
     )
     template = environment.get_template("report.html.j2")
     page: str = template.render(
@@ -66,16 +73,19 @@ def render_html(summary: Mapping[str, Any]) -> str:
         style=markup(style),
         style_hash=_hash(style),
         drawings={k: markup(v) for k, v in _drawings(view).items()},
-        legend=[(verdict, source, markup(charts.swatch(f"sw-{i}", verdict, source))) for i, (verdict, source) in enumerate(_legend(view))],
+        legend=[
+            (verdict, source, markup(marks.swatch(f"sw-{i}", verdict, source)))
+            for i, (verdict, source) in enumerate(_legend(view))
+        ],
         preview=_PREVIEW,
         rows_open=_ROWS_OPEN,
         text_limit=max(300, min(6000, _TEXT_BUDGET // max(len(view["demonstrations"]), 1))),
     )
-    return page
+    return page.lstrip()
 
 
 def _drawings(view: dict[str, Any]) -> dict[str, str]:
-    drawings = {"patterns": charts.patterns()}
+    drawings = {"patterns": marks.patterns()}
     # Text in a drawing scales with it, so small screens get a narrower drawing instead of a shrunken one.
     for suffix, width in (("wide", 920.0), ("narrow", 380.0)):
         drawings[f"curve-{suffix}"] = charts.curve_chart(view, width, f"curve-{suffix}")
@@ -84,13 +94,20 @@ def _drawings(view: dict[str, Any]) -> dict[str, str]:
     reach = 1.02 * max((v + e for v, e in spans), default=1.0) or 1.0
     for i, d in enumerate(d for group in view["groups"] for d in group["rows"]):
         d["bar"] = f"bar-{i}"
-        drawings[f"bar-{i}"] = charts.attribution_bar(d, reach, f"bar-{i}")
-    bounds = [p["performance"][k] for p in view["prompts"] for k in ("low", "high") if p["performance"][k] is not None]
+        drawings[f"bar-{i}"] = marks.attribution_bar(d, reach, f"bar-{i}")
+    bounds = [
+        p["performance"][k]
+        for p in view["prompts"]
+        for k in ("low", "high")
+        if p["performance"][k] is not None
+    ]
     low, high = min(bounds, default=0.0), max(bounds, default=1.0)
     for i, prompt in enumerate(view["prompts"]):
         prompt["bar"] = f"interval-{i}"
         marked = prompt["name"].startswith("Smaller")
-        drawings[f"interval-{i}"] = charts.interval_bar(prompt["performance"], low, high, f"interval-{i}", marked=marked)
+        drawings[f"interval-{i}"] = marks.interval_bar(
+            prompt["performance"], low, high, f"interval-{i}", marked=marked
+        )
     for i, proxy in enumerate(view["proxies"]):
         proxy["chart"] = f"evidence-{i}"
         drawings[f"evidence-{i}"] = charts.evidence_chart(proxy, f"evidence-{i}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import unicodedata
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import _text as t
@@ -65,7 +65,7 @@ def linear_ticks(low: float, high: float, n: int, *, whole: bool = False) -> lis
     >>> linear_ticks(0, 28, 6, whole=True)
     [0.0, 5.0, 10.0, 15.0, 20.0, 25.0]
     """
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(high), abs(low), 1e-200):
         return [low]
     raw = (high - low) / max(n, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -124,7 +124,9 @@ class Labels:
         self._obstacles = list(obstacles)
         self._placed: list[Box] = []
 
-    def place(self, text: str, size: float, candidates: Sequence[tuple[float, float, str]]) -> tuple[float, float, str] | None:
+    def place(
+        self, text: str, size: float, candidates: Sequence[tuple[float, float, str]]
+    ) -> tuple[float, float, str] | None:
         """Choose the best of ``candidates`` (x, baseline, anchor); None if every one hits another label."""
         best, best_cost = None, math.inf
         for x, y, anchor in candidates:
@@ -171,31 +173,71 @@ class Canvas:
                 "font-family": "system-ui, sans-serif",
             },
         )
-        self.add("title", text=title, id=f"{name}-title")
-        self.add("desc", text=description, id=f"{name}-desc")
+        self.add("title", title, id=f"{name}-title")
+        self.add("desc", description, id=f"{name}-desc")
 
     def add(
-        self, tag: str, parent: ET.Element | None = None, *, text: str | None = None, **attributes: str | float
+        self,
+        tag: str,
+        text: str | None = None,
+        more: Mapping[str, str] | None = None,
+        /,
+        **attributes: str | float,
     ) -> ET.Element:
         """Append an element; underscores in attribute names become hyphens, ``class_`` becomes ``class``."""
-        names = {k: k.rstrip("_").replace("_", "-") for k in attributes}
-        values = {names[k]: v if isinstance(v, str) else _number(v) for k, v in attributes.items()}
-        element = ET.SubElement(self.root if parent is None else parent, tag, values)
+        element = ET.SubElement(self.root, tag)
+        for name, value in {**attributes, **(more or {})}.items():
+            element.set(
+                name.rstrip("_").replace("_", "-"), value if isinstance(value, str) else _number(value)
+            )
         element.text = text
         return element
 
     def text(
-        self, x: float, y: float, text: str, *, anchor: str = "start", size: float = 12, classes: str = "muted", **more: str
-    ) -> ET.Element:
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        anchor: str = "start",
+        size: float = 12,
+        classes: str = "muted",
+        transform: str = "",
+    ) -> None:
         """Append a text; the first class names its colour."""
-        colour = COLOURS[classes.split()[0]]
-        return self.add(
-            "text", text=text, x=x, y=y, text_anchor=anchor, font_size=size, class_=f"t-{classes}", fill=colour, **more
-        )
+        fixed = {"class": f"t-{classes}", "text-anchor": anchor, "fill": COLOURS[classes.split()[0]]}
+        if transform:
+            fixed["transform"] = transform
+        self.add("text", text, fixed, x=x, y=y, font_size=size)
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "grid", **more: str | float) -> ET.Element:
+    def line(
+        self,
+        x1: float,
+        y1: float,
+        x2: float,
+        y2: float,
+        colour: str = "grid",
+        *,
+        width: float = 1,
+        dash: str = "",
+    ) -> None:
         """Append a straight line in a named colour."""
-        return self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=f"s-{colour}", stroke=COLOURS[colour], **more)
+        fixed = {"class": f"s-{colour}", "stroke": COLOURS[colour]}
+        if dash:
+            fixed["stroke-dasharray"] = dash
+        self.add("line", None, fixed, x1=x1, y1=y1, x2=x2, y2=y2, stroke_width=width)
+
+    def stroke(self, data: str, colour: str, width: float) -> None:
+        """Append a path that is drawn as a line in a named colour."""
+        fixed = {"class": f"s-{colour}", "stroke": COLOURS[colour], "fill": "none"}
+        self.add("path", None, fixed, d=data, stroke_width=width)
+
+    def dot(self, x: float, y: float, radius: float, colour: str, *, halo: bool = False) -> ET.Element:
+        """Append a disc in a named colour, with a rim in the paper's colour if ``halo``."""
+        fixed = {"class": f"f-{colour}", "fill": COLOURS[colour]}
+        if halo:
+            fixed.update({"class": f"f-{colour} s-paper", "stroke": COLOURS["paper"], "stroke-width": "2"})
+        return self.add("circle", None, fixed, cx=x, cy=y, r=radius)
 
     def x_axis(self, scale: Scale, ticks: Sequence[float], y: float, title: str) -> None:
         """Tick labels under ``y`` (those that would touch are left out) and the axis title."""
@@ -210,7 +252,9 @@ class Canvas:
         self.line(scale.start, y, scale.end, y, "muted")
         self.text((scale.start + scale.end) / 2, y + 37, title, anchor="middle")
 
-    def y_axis(self, scale: Scale, ticks: Sequence[float], labels: Sequence[str], left: float, right: float) -> None:
+    def y_axis(
+        self, scale: Scale, ticks: Sequence[float], labels: Sequence[str], left: float, right: float
+    ) -> None:
         """Grid lines with their labels at the left."""
         for tick, label in zip(ticks, labels, strict=True):
             y = scale(tick)

@@ -1,0 +1,319 @@
+"""The file under the ledger: opening, locking, schema, permissions, forks, and SQLite's pitfalls."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import LedgerCorruptError, LedgerError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no presence lock, see _join
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["RESPONSE_COLUMNS", "SCHEMA", "LedgerFile", "drop_attempts"]
+
+SCHEMA = 1
+_APPLICATION_ID = 0x50504C31
+_BUSY_SECONDS = 60.0
+
+# SQLite 3.7.0 to 3.51.2 can corrupt the file when one connection checkpoints or restarts the WAL while
+# another writes. There we never checkpoint while anybody else has the file open: no automatic checkpoints;
+# the WAL is folded in only by closing the last connection and by fold_wal, both of which SQLite itself does
+# under its exclusive lock on the database file, which it cannot get while another connection exists.
+_WAL_RESET_DEFECT = (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
+_FOLD_BYTES = 64 * 2**20
+
+RESPONSE_COLUMNS = (
+    "key, body, prompt_tokens, completion_tokens, cached_tokens, "
+    "model_returned, sha256, schema, created_at, request"
+)
+"""In the order in which rows are read, written and hashed."""
+# FULL syncs every commit; on macOS a plain sync stays in the drive's cache, hence fullfsync.
+_PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL", "fullfsync = ON")
+_DDL = (
+    """CREATE TABLE attempt (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, run TEXT NOT NULL,
+    stage TEXT NOT NULL, role TEXT NOT NULL CHECK (role IN ('target', 'proxy')), model TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'sent', 'done', 'failed', 'unknown')),
+    host TEXT NOT NULL, pid INTEGER NOT NULL, created_at REAL NOT NULL, finished_at REAL, error TEXT,
+    estimate INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE INDEX attempt_run ON attempt (run, role)",
+    """CREATE TABLE response (key BLOB NOT NULL PRIMARY KEY, body BLOB NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+    model_returned BLOB, sha256 BLOB NOT NULL, schema INTEGER NOT NULL, created_at REAL NOT NULL,
+    request BLOB)""",
+    # No types and no rules: a damaged row may hold anything.
+    f"CREATE TABLE quarantine (set_aside_at REAL NOT NULL, {RESPONSE_COLUMNS})",
+)
+
+
+class LedgerFile:
+    """One process's hold on the database file; see :class:`proxyprompt.ledger.Ledger` for the promises."""
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._create = create
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._presence: int | None = None
+        self._closed = False
+        self._fold_at = _FOLD_BYTES
+        _LIVE.add(self)
+        with self.use("opened"):
+            pass
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+            self._disconnect()
+            self._leave()
+
+    @contextmanager
+    def use(self, action: str, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """Lend the connection to one thread; with ``write``, in one transaction, durable on leaving."""
+        with self._lock:
+            if self._closed:
+                raise LedgerError(
+                    f"The ledger {self.path} is closed.", hint="Open it again with Ledger(path)."
+                )
+            try:
+                if self._connection is None:
+                    self._connect()
+                connection = self._connection
+                assert connection is not None
+                if write:
+                    connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                if write:
+                    connection.execute("COMMIT")
+            except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+                raise self._explained(action, error) from error
+            finally:
+                if self._connection is not None and self._connection.in_transaction:
+                    with suppress(sqlite3.Error):
+                        self._connection.rollback()
+
+    def _explained(self, action: str, error: Exception) -> LedgerError:
+        # sqlite3 stumbles over SQLite's own message when that quotes a damaged schema.
+        text = "malformed schema" if isinstance(error, UnicodeDecodeError) else str(error)
+        if "not a database" in text:
+            return LedgerError(f"{self.path} is not a ledger: {text}.", hint="Give another path.")
+        if "malformed" in text:
+            return LedgerCorruptError(
+                f"The ledger {self.path} could not be {action}: {text}.",
+                hint="Copy the file and its -wal first, then save what is readable with sqlite3's .recover.",
+            )
+        hint = f"Check that {self.path.parent} is a local folder that you may write to, with space left."
+        if "locked" in text:
+            hint = "Another process has kept it busy; let that process finish and try again."
+        return LedgerError(f"The ledger {self.path} could not be {action}: {text}.", hint=hint)
+
+    def _connect(self) -> None:
+        self._make_file()
+        joining = self._presence is None
+        alone = joining and self._join()
+        try:
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._connection = connection
+            # A damaged row may claim to be text; undecodable text must fail its hash, not the whole query.
+            connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
+            self._adopt(connection)
+            if joining:
+                self._recover(connection, alone)
+        except BaseException:
+            self._disconnect()
+            if joining:
+                self._leave()
+            raise
+        if alone:
+            fcntl.flock(self._presence, fcntl.LOCK_SH)  # type: ignore[arg-type]
+
+    def _make_file(self) -> None:
+        if not self._create and not self.path.exists():
+            raise LedgerError(
+                f"There is no ledger at {self.path}.", hint="Check the path, or pass create=True."
+            )
+        for folder in reversed([one for one in self.path.parents if not one.exists()]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        # Never open and close an existing database file by ourselves: closing any descriptor of it drops the
+        # POSIX locks that SQLite holds on it in this process.
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+    def _adopt(self, connection: sqlite3.Connection) -> None:
+        def pragma(name: str) -> int:
+            return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+        ours = pragma("application_id") == _APPLICATION_ID
+        if not ours and (pragma("schema_version") or not self._create):
+            raise LedgerError(f"{self.path} is an SQLite file but not a ledger.", hint="Give another path.")
+        if ours and pragma("user_version") > SCHEMA:
+            raise LedgerError(
+                f"{self.path} has schema {pragma('user_version')}; this version reads up to {SCHEMA}.",
+                hint="Upgrade with: pip install -U proxyprompt-core",
+            )
+        self._restrict("")
+        self._enter_wal(connection)
+        connection.execute(f"PRAGMA wal_autocheckpoint = {0 if _WAL_RESET_DEFECT else 1000}")
+        if not ours:
+            connection.execute("BEGIN IMMEDIATE")
+            if pragma("application_id") != _APPLICATION_ID:
+                for statement in _DDL:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            connection.execute("COMMIT")
+        for suffix in ("-wal", "-shm", ".lock"):
+            self._restrict(suffix)
+
+    def _restrict(self, suffix: str) -> None:
+        path = self.path.with_name(self.path.name + suffix)
+        with suppress(FileNotFoundError):
+            if os.name == "posix" and path.stat().st_mode & 0o777 != 0o600:
+                path.chmod(0o600)
+
+    @staticmethod
+    def _enter_wal(connection: sqlite3.Connection) -> None:
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            except sqlite3.OperationalError as error:
+                # Changing the mode does not wait for the busy timeout when two processes create the file.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+                continue
+            if mode != "wal":
+                raise sqlite3.OperationalError("the write-ahead log is not available here")
+            return
+
+    def fold_wal(self) -> None:
+        """Fold a large WAL in, if nobody else has the file open (see _WAL_RESET_DEFECT)."""
+        wal = self.path.with_name(self.path.name + "-wal")
+        if not _WAL_RESET_DEFECT or not wal.exists() or wal.stat().st_size < self._fold_at:
+            return
+        with self.use("folded") as connection:
+            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                # Leaving WAL mode takes SQLite's exclusive lock first, which fails if there are others.
+                connection.execute("PRAGMA journal_mode = DELETE")
+                self._fold_at = _FOLD_BYTES
+            except sqlite3.OperationalError:
+                self._fold_at *= 2
+            finally:
+                connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
+                self._enter_wal(connection)
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):
+                connection.close()
+
+    def _join(self) -> bool:
+        """Take the presence lock; return whether nobody else holds it (then held exclusively)."""
+        if fcntl is None:
+            return False
+        # flock belongs to the open file, so it is gone the moment a process dies, whatever its pid, container
+        # or boot; and two ledger objects in one process exclude each other too.
+        path = self.path.with_name(self.path.name + ".lock")
+        self._presence = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            deadline = time.monotonic() + _BUSY_SECONDS
+            while True:
+                try:
+                    fcntl.flock(self._presence, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return False
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        self._leave()
+                        raise
+                    time.sleep(0.005)
+        return True
+
+    def _leave(self) -> None:
+        presence, self._presence = self._presence, None
+        if presence is not None:
+            os.close(presence)
+
+    def _recover(self, connection: sqlite3.Connection, alone: bool) -> None:
+        query = "SELECT DISTINCT host, pid FROM attempt WHERE state IN ('reserved', 'sent')"
+        owners = connection.execute(query).fetchall()
+        if not alone:
+            # Windows has no harmless signal 0; there rows of dead processes stay as they are.
+            here = socket.gethostname() if os.name == "posix" else None
+            owners = [(host, pid) for host, pid in owners if host == here and not _alive(pid)]
+        if owners:
+            connection.execute("BEGIN IMMEDIATE")
+            drop_attempts(connection, "host = ? AND pid = ?", owners)
+            connection.execute("COMMIT")
+
+
+def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:
+    """Inside a transaction: attempts not sent vanish, those sent become unknown, finished ones stay."""
+    connection.executemany(f"DELETE FROM attempt WHERE state = 'reserved' AND {where}", values)
+    query = f"UPDATE attempt SET state = 'unknown', finished_at = ? WHERE state = 'sent' AND {where}"
+    connection.executemany(query, [(time.time(), *value) for value in values])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# SQLite keeps the locks of a process in its memory, and a forked child would inherit that memory without the
+# locks: its own connection would then trust locks that it does not hold, and could lose data. So no
+# connection may be open across a fork. Parent and child reconnect at their next call.
+_LIVE: weakref.WeakSet[LedgerFile] = weakref.WeakSet()
+_FORKING: list[LedgerFile] = []
+_FORK_LOCK = threading.Lock()
+
+
+def _before_fork() -> None:
+    _FORK_LOCK.acquire()
+    for one in list(_LIVE):
+        one._lock.acquire()
+        _FORKING.append(one)
+        one._disconnect()
+
+
+def _after_fork_in_parent() -> None:
+    while _FORKING:
+        _FORKING.pop()._lock.release()
+    _FORK_LOCK.release()
+
+
+def _after_fork_in_child() -> None:
+    for one in _FORKING:
+        # Closes the child's copy only: the parent's lock lives on, and the child joins under its own name.
+        one._leave()
+    _after_fork_in_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )

@@ -1,0 +1,478 @@
+"""From a result to plain data: the summary that reports show, and the artifact that is stored.
+
+Pure: no model, no file. Numbers are what the run measured; sentences say what they mean and no more.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from math import ceil, log
+from typing import Any, Literal
+
+import numpy as np
+
+from ._version import __version__
+from .artifact import KIND, SCHEMA, Artifact
+from .optimize.certificate import Certificate
+from .pipeline import Result
+from .sequential import SequentialDecision
+from .task import TextTask
+
+__all__ = ["build_artifact", "build_summary"]
+
+ReportText = Literal["all", "removed", "none"]
+
+LIMITS = (
+    "Every statement is about the queries given here, and about the model and the date named here.",
+    "A demonstration called harmful lowers the result on these queries; it may be honest and merely unhelpful.",
+    "A trigger that the queries never fire cannot be seen by any method that measures influence.",
+    "The certificate is about the prompt in its exact final order; another order is another prompt.",
+)
+
+
+def build_artifact(result: Result, *, report_text: ReportText = "removed", created: str | None = None) -> Artifact:
+    """The stored form of a result.
+
+    Parameters
+    ----------
+    result : Result
+    report_text : {"all", "removed", "none"}
+        Which demonstrations' texts the report may show. The artifact itself always holds the prompt.
+    created : str, optional
+        ISO 8601 time; default: now, in UTC.
+    """
+    summary = build_summary(result, report_text=report_text, created=created)
+    ids = [d.id for d in result.original.demonstrations]
+    kept = [i for i, keep in zip(ids, result.kept, strict=True) if keep]
+    c, path = result.certificate, result.compression
+    return Artifact(
+        {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "version": __version__,
+            "created": summary["created"],
+            "title": result.title,
+            "run": result.run,
+            "target": result.target_name,
+            "original_prompt": result.original.to_dict(),
+            "kept": kept,
+            "removed": [i for i in ids if i not in set(kept)],
+            "attribution": {
+                "unit_ids": ids,
+                "query_ids": list(result.explanation.query_ids),
+                "role": result.explanation.role,
+                "model": result.explanation.model,
+                "why": result.explanation.why,
+                **result.explanation.attribution.to_dict(),
+            },
+            "screening": result.screening.to_dict() if result.screening else None,
+            "cleaning": {
+                "level": result.cleaning.level,
+                "n_queries": result.cleaning.n_queries,
+                "flagged": [ids[i] for i in result.cleaning.flagged],
+                "confirmations": [{"id": ids[x.unit], **x.to_dict()} for x in result.cleaning.confirmations],
+            },
+            "compression": {
+                "tau": path.tau,
+                "n_queries": path.n_queries,
+                "full": path.full.to_dict(),
+                "reference": path.reference,
+                "points": [p.to_dict() for p in path.points],
+                "chosen": path.chosen.to_dict(),
+                "compression_ratio": path.compression_ratio,
+            },
+            "certificate": c.to_dict(),
+            "splits": {n: {"n": len(q), "sha256": result.splits.digest(n)} for n, q in result.splits.items()},
+            "settings": result.settings.to_dict(),
+            "spent": [dict(row) for row in result.spent],
+            "versions": _versions(),
+            "summary": summary,
+        }
+    )
+
+
+def build_summary(result: Result, *, report_text: ReportText = "removed", created: str | None = None) -> dict[str, Any]:
+    """What the report shows; see :mod:`proxyprompt.report`."""
+    certificate = result.certificate
+    cost = _cost(result)
+    return {
+        "schema": 1,
+        "title": result.title,
+        "created": created or datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "verdict": _verdict(result, cost),
+        "target": {"name": result.target_name},
+        "performance_name": _performance_name(result),
+        "explained_by": {
+            "role": result.explanation.role,
+            "name": result.explanation.model,
+            "why": result.explanation.why,
+        },
+        "demonstrations": _demonstrations(result, report_text),
+        "attribution_unit": _unit(result),
+        "before": _prompt(certificate, full=True, n=result.original.n_units),
+        "after": _prompt(certificate, full=False, n=result.prompt.n_units),
+        "zero_shot": _zero_shot(result),
+        "certificate": _certificate(certificate),
+        "curve": _curve(result),
+        "cleaning": _cleaning(result),
+        "screening": _screening(result),
+        "cost": cost,
+        "limits": [*result.notes, *LIMITS],
+        "settings": result.settings.to_dict(),
+        "versions": _versions(),
+    }
+
+
+def _performance_name(result: Result) -> str:
+    return result.task.metric_name if isinstance(result.task, TextTask) else "accuracy"
+
+
+def _unit(result: Result) -> str:
+    full, base = result.explanation.attribution.full_values, result.explanation.attribution.base_values
+    if isinstance(result.task, TextTask):
+        return f"points of {result.task.metric_name}; positive helps"
+    if np.isin(full, (0.0, 1.0)).all() and np.isin(base, (0.0, 1.0)).all():
+        return "share of right answers; positive helps"
+    return "nats of log-probability of the reference label; positive helps"
+
+
+def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
+    c = result.certificate
+    before, after = result.original.n_units, result.prompt.n_units
+    name, level = _performance_name(result), f"{1 - c.level:.0%}"
+    if c.decision == "certified" and after < before:
+        status = "certified"
+        headline = f"{before} demonstrations can become {after}: {name} holds, certified at {level} confidence"
+    elif c.decision == "certified":
+        status, headline = "unchanged", f"All {before} demonstrations stay: no smaller prompt was good enough to propose"
+    else:
+        status, headline = "not_certified", f"Not certified: keep all {before} demonstrations"
+    sentences = []
+    shipped = c.shipped
+    if shipped is not None and after < before:
+        sentences.append(
+            f"On {c.n} sealed queries the target's {name} went from {c.full.performance:.1%} with all {before} to"
+            f" {shipped.performance:.1%} with {after}."
+        )
+    harmful = [x for x in result.cleaning.confirmations if x.confirmed]
+    if harmful:
+        verb = "were" if len(harmful) > 1 else "was"
+        sentences.append(f"{len(harmful)} of the demonstrations {verb} harmful on these queries, confirmed on the target.")
+    if status == "not_certified":
+        tried = min((t.n_kept for t in c.tests), default=before)
+        sentences.append(
+            f"The smallest prompt tried kept {tried} demonstrations; the sealed queries do not prove that it keeps"
+            f" {c.tau:.0%} of the full prompt's {name}. The original prompt is the answer."
+        )
+    if cost["saved_share"] and after < before:
+        sentences.append(f"Each call costs {cost['saved_share']:.0%} fewer prompt tokens.")
+    return {"status": status, "headline": headline, "sentences": sentences}
+
+
+def _demonstrations(result: Result, report_text: ReportText) -> list[dict[str, Any]]:
+    attribution = result.explanation.attribution
+    lower = attribution.lower_bound(0.95)
+    found = {x.unit: x for x in result.cleaning.confirmations}
+    flagged = set(result.cleaning.flagged)
+    source = "measured" if result.explanation.role == "target" else "estimated"
+    rows = []
+    for i, demo in enumerate(result.original.demonstrations):
+        kept = bool(result.kept[i])
+        confirmation = found.get(i)
+        verdict, reason = _judge(
+            kept=kept,
+            flagged=i in flagged,
+            confirmed=confirmation is not None and confirmation.confirmed,
+            useful=bool(lower[i] > 0),
+            removed_any=not result.kept.all(),
+        )
+        show = report_text == "all" or (report_text == "removed" and not kept)
+        rows.append(
+            {
+                "id": demo.id,
+                "position": i + 1,
+                "input": "\n".join(demo.inputs.values()) if show else None,
+                "output": demo.output if show else None,
+                "attribution": float(attribution.mean[i]),
+                "standard_error": float(attribution.standard_error[i]),
+                "source": source,
+                "verdict": verdict,
+                "kept": kept,
+                "reason": reason,
+                "confirmation": confirmation.to_dict() if confirmation else None,
+                "tokens": None,
+            }
+        )
+    return rows
+
+
+def _judge(*, kept: bool, flagged: bool, confirmed: bool, useful: bool, removed_any: bool) -> tuple[str, str]:
+    """Class and reason of one demonstration, in plain words."""
+    if confirmed and not kept:
+        return "harmful", "Lowers the result on these queries; removing it helped the target."
+    if confirmed:
+        return "harmful", "Lowers the result on these queries, but no prompt without it could be certified."
+    if not kept and flagged:
+        return (
+            "redundant",
+            "Suspected of harm; the target did not confirm that. The prompt does as well without it.",
+        )
+    if not kept:
+        return "redundant", "The target does as well without it, given the demonstrations that stay."
+    if useful:
+        return "useful", "Raises the result with confidence."
+    if flagged:
+        return "unclear", "Suspected of harm; the target did not confirm that."
+    if removed_any:
+        return "unclear", "No clear effect by itself; a smaller prompt without it was not certified."
+    return "unclear", "No clear effect."
+
+
+def _prompt(c: Certificate, *, full: bool, n: int) -> dict[str, Any]:
+    measured = c.full if full or c.shipped is None else c.shipped
+    return {
+        "n_demonstrations": n,
+        "tokens": round(measured.tokens) if measured.tokens else None,
+        "performance": {"value": measured.performance, "low": measured.low, "high": measured.high, "n": c.n},
+    }
+
+
+def _zero_shot(result: Result) -> dict[str, Any] | None:
+    for point in result.compression.points:
+        if point.n_kept == 0:
+            n = result.compression.n_queries
+            return {"value": point.performance, "low": point.low, "high": point.high, "n": n}
+    return None
+
+
+def _certificate(c: Certificate) -> dict[str, Any] | None:
+    if not c.tests:
+        return None
+    shown = c.shipped or c.tests[0]
+    return {
+        "decision": c.decision,
+        "level": c.level,
+        "tau": c.tau,
+        "margin": None,
+        "n": c.n,
+        "difference": shown.difference,
+        "lower_bound": shown.lower_bound,
+        "evidence": {"name": shown.evidence_name, "value": shown.evidence},
+        "n_discordant": shown.n_discordant,
+        "sequence": [
+            {
+                "n_kept": t.n_kept,
+                "performance": t.performance,
+                "difference": t.difference,
+                "lower_bound": t.lower_bound,
+                "passed": t.passed,
+                "tested": t.tested,
+            }
+            for t in c.tests
+        ],
+        "power_statement": c.power_statement,
+        "sealed_digest": c.sealed_digest,
+        "text": c.text,
+    }
+
+
+def _curve(result: Result) -> dict[str, Any]:
+    path = result.compression
+    n_units, n_shipped = result.original.n_units, result.prompt.n_units
+
+    def point(p: Any, *, full: bool) -> dict[str, Any]:
+        return {
+            "n_kept": p.n_kept,
+            "tokens": round(p.tokens) if p.tokens else None,
+            "value": p.performance,
+            "low": p.low,
+            "high": p.high,
+            "chosen": p.n_kept == n_shipped,
+            "full": full,
+        }
+
+    points = [point(p, full=False) for p in path.points if p.n_kept < n_units]
+    return {
+        "split": "select",
+        "tau_line": path.tau * path.reference,
+        "points": [*reversed(points), point(path.full, full=True)],
+    }
+
+
+def _cleaning(result: Result) -> dict[str, Any] | None:
+    cleaning = result.cleaning
+    ids = [d.id for d in result.original.demonstrations]
+    flagged = [ids[i] for i in cleaning.flagged]
+    confirmed = [ids[i] for i in cleaning.removed]
+    if not result.settings.clean:
+        return None
+    if not flagged:
+        text = "No demonstration has a negative attribution with confidence; nothing was suspected."
+    else:
+        text = (
+            f"{len(flagged)} of {len(ids)} demonstrations have a negative attribution with confidence"
+            f" (family-wise error level {cleaning.level:g}). On {cleaning.n_queries} other queries the target"
+            f" confirmed {len(confirmed)} of them."
+        )
+    rounds = [
+        {
+            "flagged": flagged,
+            "confirmed": confirmed,
+            "not_confirmed": [i for i in flagged if i not in set(confirmed)],
+            "text": text,
+        }
+    ]
+    return {"rounds": rounds if flagged else [], "text": text}
+
+
+_PATH_NAMES = {"betting": "log of the wealth (nats)", "paper": "mean difference"}
+
+
+def _screening(result: Result) -> dict[str, Any] | None:
+    s = result.screening
+    if s is None:
+        return None
+    proxies = []
+    for p in s.proxies:
+        used = p.rule.n_used
+        path, upper, lower = _path(p.rule)
+        proxies.append(
+            {
+                "name": p.name,
+                "decision": p.decision if p.rule.n_used else "not_tested",
+                "n_used": used,
+                "mean_q_proxy": float(np.mean(p.q_proxy[:used])) if used else None,
+                "mean_q_oracle": float(np.mean(p.q_oracle[:used])) if used else None,
+                "agreement": p.agreement_rate if p.n_seen else 0.0,
+                "rank_correlation": p.rank_correlation,
+                "path": path or None,
+                "threshold": upper,
+                "lower_threshold": lower,
+                "path_name": _PATH_NAMES[s.method],
+                "paper_rule": _other(p.other_rule) if s.method == "betting" else None,
+                "note": p.rule.note,
+            }
+        )
+    rule = (
+        "betting e-process, valid at every look (Waudby-Smith and Ramdas)"
+        if s.method == "betting"
+        else "sequential t interval as printed in the paper (Algorithm 1)"
+    )
+    return {
+        "rule": rule,
+        "tau": s.tau,
+        "delta": s.delta,
+        "queries": len(s.queries_bought),
+        "units": s.design.n_units,
+        "fit_coalitions": s.design.n_coalitions,
+        "judge_coalitions": len(s.judge_coalitions),
+        "text": (
+            f"A proxy may explain if its explanations predict the target at least {s.tau:.0%} as well as the target's"
+            f" own do; a proxy that does not is accepted with probability at most {s.delta:g}."
+            if s.method == "betting"
+            else f"A proxy may explain if its explanations predict the target at least {s.tau:.0%} as well as the target's"
+            " own do. The paper's rule looks after every pair; its real error is above its nominal one."
+        ),
+        "proxies": proxies,
+    }
+
+
+def _path(rule: SequentialDecision) -> tuple[list[list[float]], float, float | None]:
+    """Evidence by number of pairs, with the line at which it accepts and the one at which it rejects."""
+    if rule.method == "betting":
+        bar = -log(rule.settings["delta"])
+        # Both bets on one axis: evidence against the proxy points down.
+        rows = [[row[0], row[1] if row[1] >= row[2] else -row[2]] for row in rule.path]
+        return rows, bar, -bar
+    return [[row[0], (row[1] + row[2]) / 2] for row in rule.path if np.isfinite(row[1])], 0.0, None
+
+
+def _other(rule: Any) -> dict[str, Any] | None:
+    if rule is None:
+        return None
+    return {"decision": rule.decision, "n_used": rule.n_used, "note": rule.note}
+
+
+def _cost(result: Result) -> dict[str, Any]:
+    spent = result.spent
+    target_tokens = sum(r["tokens"] for r in spent if r["role"] == "target")
+    proxy_tokens = sum(r["tokens"] for r in spent if r["role"] == "proxy")
+    c = result.certificate
+    before, after = c.full.tokens, (c.shipped or c.full).tokens
+    known = before > 0 and after > 0
+    saved = before - after if known else None
+    price = result.settings.price_input_per_million
+    money = None
+    if price is not None and saved is not None:
+        money = {
+            "currency": "USD",
+            "price_input_per_million": price,
+            "source": result.settings.price_source,
+            "run_cost": target_tokens * price / 1e6,
+            "saved_per_thousand_calls": saved * price / 1e3,
+        }
+    return {
+        "stages": [
+            {
+                "name": r["stage"],
+                "role": r["role"],
+                "calls_bought": r["bought_now"],
+                "calls_reused": max(0, r["calls"] - r["bought_now"]),
+                "tokens_bought": r["tokens_now"],
+                "tokens_reused": max(0, r["tokens"] - r["tokens_now"]),
+                "seconds": None,
+            }
+            for r in spent
+        ],
+        "target_tokens_total": target_tokens,
+        "proxy_tokens_total": proxy_tokens,
+        "saved_tokens_per_call": round(saved) if saved is not None else None,
+        "saved_share": saved / before if saved is not None else None,
+        "break_even_calls": ceil(target_tokens / saved) if saved and saved > 0 else None,
+        "money": money,
+        "crr": _crr(result),
+    }
+
+
+def _crr(result: Result) -> dict[str, Any] | None:
+    """Cost reduction ratio [PE 4.3.1]: what oracle explanations would cost, over what was paid instead.
+
+    The numerator is the proxy's own number of coalitions, asked of the target on every explain query.
+    """
+    if result.screening is None or not result.oracle_prompt_tokens:
+        return None
+    calls = result.settings.n_proxy(result.original.n_units) * len(result.splits["explain"])
+
+    def on_target(stage: str, what: str) -> int:
+        return sum(r[what] for r in result.spent if r["role"] == "target" and r["stage"] == stage)
+
+    oracle_tokens = round(calls * result.oracle_prompt_tokens)
+    paid_calls = on_target("screen", "calls") + on_target("attribute", "calls")
+    paid_tokens = on_target("screen", "tokens") + on_target("attribute", "tokens")
+    return {
+        "calls": calls / paid_calls if paid_calls else None,
+        "tokens": oracle_tokens / paid_tokens if paid_tokens else None,
+        "oracle_tokens": oracle_tokens,
+        "proxy_tokens_priced": 0,
+        "screen_tokens": on_target("screen", "tokens"),
+        "fallback_tokens": on_target("attribute", "tokens"),
+        "text": (
+            f"Oracle: {calls} target calls for explanations with the same number of coalitions as the proxy's, at the"
+            " mean length of a prompt with half of its demonstrations. Proxies ran on this machine and are"
+            " counted as free. Screening is paid once per task and shared by every later explanation."
+        ),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"proxyprompt-core": __version__, "python": platform.python_version()}
+    for name in ("numpy", "scipy", "torch", "transformers", "openai"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
