@@ -100,7 +100,8 @@ def _decode_score(body: str, usage: Usage, model: str | None) -> ScoreResult:
 def _encode_text(request: GenerateRequest, result: GenerateResult) -> str:
     if result.text is not None and not isinstance(result.text, str):
         raise ValueError(f"a text of type {type(result.text).__name__}")
-    return json.dumps({"text": result.text}, separators=(",", ":"))
+    # ASCII escapes would join two lone surrogates into one character on the way back.
+    return json.dumps({"text": result.text}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _decode_text(body: str, usage: Usage, model: str | None) -> GenerateResult:

@@ -304,7 +304,6 @@ def test_flipped_bits_anywhere_in_the_file_are_never_served(tmp_path: Path) -> N
                 outcomes["absent" if lost else "intact"] += 1
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-    print(outcomes)
     assert outcomes["absent"] > 30, outcomes
 
 

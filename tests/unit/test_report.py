@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def _not_certified() -> Summary:
     s = _summary()
     s["verdict"] = {
         "status": "not_certified",
-        "headline": "Not certified: 13 of 28 demonstrations look removable, but accuracy could not be shown to hold",
+        "headline": "Not certified: 13 of 28 demonstrations look removable, but this is not shown",
         "sentences": ["The original prompt stays in place."],
     }
     s["certificate"].update(decision="not_certified", lower_bound=-0.0124, difference=0.0211)
@@ -160,6 +161,8 @@ VARIANTS: dict[str, Callable[[], Summary]] = {
     "other_metric": _other_metric,
 }
 
+_HEADINGS = ("# ", "## ", "### ")  # ours; a payload's own number sign is escaped
+
 PAYLOADS = [
     "<script>alert(1)</script>", "</style><script>alert(1)</script>", "</title><script>alert(1)</script>",
     "<img src=x onerror=alert(1)>", "\"><img src=x onerror=alert(1)>", "' onmouseover='alert(1)",
@@ -168,21 +171,25 @@ PAYLOADS = [
     "<iframe src=javascript:alert(1)>", "<iframe srcdoc='<script>alert(1)</script>'>", "<object data=x>",
     "<embed src=x>", "<link rel=stylesheet href=//evil.example/x.css>", "<base href=//evil.example/>",
     "<meta http-equiv=refresh content='0;url=//evil.example'>", "<a href=javascript:alert(1)>x</a>",
-    "<form action=//evil.example><input></form>", "<details open ontoggle=alert(1)>", "<body onload=alert(1)>",
-    "<math><mi xlink:href=javascript:alert(1)>", "<video><source onerror=alert(1)>", "<audio src=x onerror=alert(1)>",
-    "<marquee onstart=alert(1)>", "<!-- <script>alert(1)</script> -->", "--><script>alert(1)</script>",
-    "<![CDATA[<script>alert(1)</script>]]>", "]]><script>alert(1)</script>", "<?xml version='1.0'?>", "<!doctype html>",
-    "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;", "&quot; onload=alert(1)", "{{ 7*7 }}", "{% raw %}",
-    "{{ ''.__class__.__mro__ }}", "{# comment #}", "${7*7}", "#{7*7}", "<%= 7*7 %>", "%3Cscript%3E", "\\u003cscript\\u003e",
-    "javascript:alert(1)", "data:text/html,<script>alert(1)</script>", "[x](javascript:alert(1))",
-    "![x](https://evil.example/p.png)", "[x]: https://evil.example", "<https://evil.example>", "https://evil.example/a?b=c",
-    "HTTP://EVIL.EXAMPLE", "www.evil.example", "someone@evil.example", "@everyone", "a | b | c", "| --- | --- |", "```\ncode",
-    "# heading", "- item", "+ item", "1. item", "1) item", "> quote", "===", "---", "* * *", "**bold** _it_ ~~no~~", "$x^2$", "\\[x\\](y)",
-    "\\", "line\n\n<script>alert(1)</script>\n\n", "a\n| b |\n", "[bold red]rich[/bold red]", "[/]", "[link=https://evil.example]x[/link]",
-    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b]8;;https://evil.example\x1b\\x\x1b]8;;\x1b\\", "\x9b31m", "a\rb", "a\x08b", "\x00",
-    "\u202etxt.exe", "\u2066x\u2069", "a\u200bb", "a\u200db", "\ufeffx", "\u2028x", "\u2029x", "\U000e0041\U000e0042", "\u061cx",
-    "\ud800", "\udfff x", "\ue000", "\ufff9x\ufffb", "\u00ad", "\u034f", "\u3164", "\ufe01", "\U000e0101",
-    "a" * 5000, "\u6f22" * 400, "", " ",
+    "<form action=//evil.example><input></form>", "<details open ontoggle=alert(1)>",
+    "<body onload=alert(1)>", "<math><mi xlink:href=javascript:alert(1)>",
+    "<video><source onerror=alert(1)>", "<audio src=x onerror=alert(1)>", "<marquee onstart=alert(1)>",
+    "<!-- <script>alert(1)</script> -->", "--><script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>]]>", "]]><script>alert(1)</script>", "<?xml version='1.0'?>",
+    "<!doctype html>", "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;",
+    "&quot; onload=alert(1)", "{{ 7*7 }}", "{% raw %}", "{{ ''.__class__.__mro__ }}", "{# comment #}",
+    "${7*7}", "#{7*7}", "<%= 7*7 %>", "%3Cscript%3E", "\\u003cscript\\u003e", "javascript:alert(1)",
+    "data:text/html,<script>alert(1)</script>", "[x](javascript:alert(1))",
+    "![x](https://evil.example/p.png)", "[x]: https://evil.example", "<https://evil.example>",
+    "https://evil.example/a?b=c", "HTTP://EVIL.EXAMPLE", "www.evil.example", "someone@evil.example",
+    "@everyone", "a | b | c", "| --- | --- |", "```\ncode", "# heading", "- item", "+ item", "1. item",
+    "1) item", "> quote", "===", "---", "* * *", "**bold** _it_ ~~no~~", "$x^2$", "\\[x\\](y)", "\\",
+    "line\n\n<script>alert(1)</script>\n\n", "a\n| b |\n", "[bold red]rich[/bold red]", "[/]",
+    "[link=https://evil.example]x[/link]", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07",
+    "\x1b]8;;https://evil.example\x1b\\x\x1b]8;;\x1b\\", "\x9b31m", "a\rb", "a\x08b", "\x00",
+    "\u202etxt.exe", "\u2066x\u2069", "a\u200bb", "a\u200db", "\ufeffx", "\u2028x", "\u2029x",
+    "\U000e0041\U000e0042", "\u061cx", "\ud800", "\udfff x", "\ue000", "\ufff9x\ufffb", "\u00ad", "\u034f",
+    "\u3164", "\ufe01", "\U000e0101", "a" * 5000, "\u6f22" * 400, "", " ",
 ]  # fmt: skip
 
 
@@ -195,8 +202,9 @@ def _replace(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 _CLOSED = {
-    "certified", "not_certified", "unchanged", "target", "proxy", "measured", "estimated", "harmful", "redundant",
-    "useful", "unclear", "accepted", "rejected", "undecided", "not_tested", "e-value", "p-value",
+    "certified", "not_certified", "unchanged", "target", "proxy", "measured", "estimated", "harmful",
+    "redundant", "useful", "unclear", "accepted", "rejected", "undecided", "not_tested", "e-value",
+    "p-value",
 }  # fmt: skip
 
 
@@ -256,9 +264,10 @@ def _shape(page: _Page) -> Iterator[str]:
 
 
 _ALLOWED = {
-    "html", "head", "meta", "title", "style", "body", "main", "header", "footer", "section", "article", "div", "p", "h1",
-    "h2", "h3", "h4", "span", "b", "br", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "ul", "ol", "li",
-    "details", "summary", "code", "svg", "desc", "defs", "pattern", "rect", "line", "path", "circle", "text",
+    "html", "head", "meta", "title", "style", "body", "main", "header", "footer", "section", "article",
+    "div", "p", "h1", "h2", "h3", "h4", "span", "b", "br", "dl", "dt", "dd", "table", "thead", "tbody",
+    "tr", "th", "td", "ul", "ol", "li", "details", "summary", "code", "svg", "desc", "defs", "pattern",
+    "rect", "line", "path", "circle", "text",
 }  # fmt: skip
 
 
@@ -333,18 +342,22 @@ def test_content_policy_allows_exactly_our_style() -> None:
     assert sum(tag == "style" for tag in _shape(page)) == 1
 
 
+def _frame(page: _Page) -> list[str]:
+    """The page's elements, less those that depend on how long a text is."""
+    return [tag for tag in _shape(page) if tag not in {"details", "summary", "p", "span"}]
+
+
+@cache
+def _harmless(folded: bool) -> list[str]:
+    return _frame(_Page(render_html(_hostile("word\n" * 40 if folded else "word"))))
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_payload_in_every_field_stays_text(payload: str) -> None:
     page = _assert_inert(render_html(_hostile(payload)))
-    # The same page with a harmless word has the same elements: the payload added none.
-    folds = len(payload) > 150 or "\n" in t.visible(payload)
-    harmless = _Page(
-        render_html(_hostile("x" * len(t.visible(payload)) if not folds else "x\n" * (len(payload) // 2 + 1)))
-    )
+    harmless = _harmless(len(payload) > 150 or "\n" in t.visible(payload))
     if payload.strip():
-        assert [g for g in _shape(page) if g not in {"details", "summary", "p", "span"}] == [
-            g for g in _shape(harmless) if g not in {"details", "summary", "p", "span"}
-        ]
+        assert _frame(page) == harmless
         assert " ".join(t.visible(payload).split())[:60] in page.text
 
 
@@ -359,9 +372,12 @@ def test_markdown_keeps_a_payload_as_text(payload: str) -> None:
     assert not re.search(r"(?i)\bwww\.", markdown)
     assert not [c for c in markdown if not c.isprintable() and c not in "\n\u00a0\u3000"]
     _assert_plain_tables(markdown)
-    starts = [line for line in markdown.splitlines() if re.match(r"#+ |[+*>] |\d+[.)] |={3}|-{3}|    ", line)]
-    expected = [line for line in render_markdown(_hostile("word")).splitlines() if line.startswith("#")]
-    assert len(starts) == len(expected)
+    starts = [
+        line
+        for line in markdown.splitlines()
+        if re.match(r"#+ |[+*>] |\d+[.)] |={3}|-{3}|    ", line) and not line.startswith(_HEADINGS)
+    ]
+    assert starts == []
 
 
 def _terminal(summary: Summary, *, encoding: str = "utf-8", width: int = 100) -> str:
@@ -403,6 +419,18 @@ def test_certificate_in_plain_words() -> None:
     assert "lower bound +6.1 points" in text
     assert "e-value of 413, where 20 is needed" in text
     assert "(margin" not in text
+
+
+def test_a_margin_is_stated_in_points_and_a_kept_prompt_is_not_called_smaller() -> None:
+    s = _summary()
+    s["certificate"].update(tau=None, margin=0.02)
+    assert "the smaller prompt loses at most 2.0 points of accuracy" in _Page(render_html(s)).text
+    s = {**_unchanged(), "certificate": _not_certified()["certificate"]}
+    text = _Page(render_html(s)).text
+    assert (
+        "the full prompt reached 89.4 %. It could not be shown at 95 % confidence that a smaller prompt"
+        in text
+    )
 
 
 def test_not_certified_is_said_plainly_and_in_the_warning_colour() -> None:

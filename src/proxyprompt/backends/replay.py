@@ -74,7 +74,12 @@ class ReplayBackend:
 
     Examples
     --------
-    >>> backend = ReplayBackend("answers.jsonl.gz", model="m-1")  # doctest: +SKIP
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "answers.jsonl"
+    >>> _ = file.write_text('{"prompt": "Sky:", "candidates": [" red", " blue"], "logprobs": [-4, -0.1]}')
+    >>> [[(index, result)]] = ReplayBackend(file).score([ScoreRequest("Sky:", (" blue", " red"))])
+    >>> result.logprobs
+    (-0.1, -4.0)
     """
 
     def __init__(

@@ -205,13 +205,21 @@ def _certificate(view: dict[str, Any]) -> list[str]:
     name, show = view["performance_name"], performance_format(view["performance_name"])
     level = t.share(found["level"])
     passed = found["decision"] == "certified"
-    rule = f"loses at most {show(found['margin'])} of {name} against the full one"
     if found["tau"] is not None:
-        rule = f"keeps at least {t.share(found['tau'])} of the {name} of the full one (tau = {t.fixed(found['tau'], 2)})"
-    opening = f"On {t.plural(found['n'], 'query', 'queries')} that no earlier step had seen, the full prompt reached "
-    scores = f"{show(view['before']['performance']['value'])} and the smaller one {show(view['after']['performance']['value'])}."
+        tau = t.fixed(found["tau"], 2)
+        rule = f"keeps at least {t.share(found['tau'])} of the {name} of the full one (tau = {tau})"
+    else:
+        margin = _points(found["margin"], show).removeprefix("+")
+        rule = f"loses at most {margin} of {name} against the full one"
+    full, small = (show(view[k]["performance"]["value"]) for k in ("before", "after"))
+    opening = f"On {t.plural(found['n'], 'query', 'queries')} that no earlier step had seen, the full prompt "
+    if view["n_removed"]:
+        opening += f"reached {full} and the smaller one {small}."
+    else:
+        opening += f"reached {full}."
+    which = "the smaller prompt" if view["n_removed"] else "a smaller prompt"
     verb = "At" if passed else "It could not be shown at"
-    joint = "the smaller prompt" if passed else "that the smaller prompt"
+    joint = which if passed else f"that {which}"
     evidence = found["evidence"]
     needed = "n/a" if found["level"] is None else t.fixed(1 - found["level"], 2)
     if evidence["name"] == "e-value":
@@ -220,11 +228,12 @@ def _certificate(view: dict[str, Any]) -> list[str]:
     else:
         strength = f"The evidence is {t.p_value(evidence['value'])}, where at most {needed} is needed."
     return [
-        opening + scores,
+        opening,
         f"{verb} {level} confidence {joint} {rule}.",
         f"The difference to that line is {_points(found['difference'], show)}, its lower bound "
         f"{_points(found['lower_bound'], show)}; a certificate needs a bound above 0.",
-        f"{strength} The two prompts differ in outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
+        strength,
+        f"The two prompts differ in outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
     ]
 
 
@@ -309,7 +318,8 @@ def _money(cost: dict[str, Any]) -> list[str]:
     if saved is not None and saved < 0:
         saving = f"The smaller prompt uses {t.count(-saved)} more tokens per call."
     elif saved:
-        saving = f"Each call with the smaller prompt saves {t.count(saved)} tokens ({t.share(cost['saved_share'])})."
+        share = t.share(cost["saved_share"])
+        saving = f"Each call with the smaller prompt saves {t.count(saved)} tokens ({share})."
     else:
         saving = "No tokens are saved per call."
     pays = cost["break_even_calls"]

@@ -59,8 +59,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     view = build(summary)
     parts = [
         f"# {escape(view['verdict']['headline'])}",
-        f"**{view['status']['label']}.** {escape(view['title'])}; target model {escape(view['target']['name'])}; "
-        f"{escape(view['when'])}.",
+        f"**{view['status']['label']}.** {escape(view['title'])}; "
+        f"target model {escape(view['target']['name'])}; {escape(view['when'])}.",
         _table(
             ["", "Result", "Note"],
             [

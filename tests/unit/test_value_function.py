@@ -1,0 +1,98 @@
+"""Values: arithmetic, missing kept apart, duplicates sent once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from proxyprompt.backends.base import ScoreRequest
+from proxyprompt.backends.scripted import ScriptedBackend
+from proxyprompt.errors import BackendError, InconclusiveError, InputError
+from proxyprompt.metering import Meter
+from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
+from proxyprompt.task import LabelTask, TextTask
+from proxyprompt.value_function import PromptValueFunction
+
+PROMPT = FewShotPrompt(tuple(Demonstration(f"d{i}", {"input": f"i{i}"}, "a") for i in range(3)))
+QUERIES = (Query("q0", {"input": "x"}, "a"), Query("q1", {"input": "y"}, "b"))
+TASK = LabelTask(("a", "b"))
+
+
+def count_kept(request: ScoreRequest) -> dict[str, float]:
+    kept = str(request.prompt).count("i0") + str(request.prompt).count("i1") + str(request.prompt).count("i2")
+    p = 0.2 + 0.2 * kept
+    return {" a": math.log(p / 2), " b": math.log((1 - p) / 2)}
+
+
+def function(backend: ScriptedBackend, queries: tuple[Query, ...] = QUERIES) -> PromptValueFunction:
+    return PromptValueFunction(PROMPT, TASK, queries, Meter(backend, None, role="target", run="r"))
+
+
+def test_utility_is_the_normalised_log_probability_of_the_reference() -> None:
+    rows = np.array([[False] * 3, [True, False, True], [True] * 3])
+    values = function(ScriptedBackend(score=count_kept)).evaluate(rows)
+    p = np.array([0.2, 0.6, 0.8])
+    np.testing.assert_allclose(values.utility, np.log(np.stack([p, 1 - p], axis=1)), atol=1e-12)
+    np.testing.assert_allclose(values.probabilities[:, 0], np.stack([p, 1 - p], axis=1), atol=1e-12)
+    assert values.performance.tolist() == [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
+    assert values.scale == "log-probability"
+
+
+def test_equal_requests_are_sent_once() -> None:
+    backend = ScriptedBackend(score=count_kept)
+    function(backend).evaluate(np.array([[True] * 3, [True] * 3, [False] * 3]))
+    assert backend.score_calls == 4
+
+
+def test_failed_calls_are_missing_with_their_reason_and_never_zero() -> None:
+    def fail_on_y(request: ScoreRequest) -> dict[str, float]:
+        if str(request.prompt).endswith("y\nOutput:"):
+            raise BackendError("overloaded")
+        return count_kept(request)
+
+    values = function(ScriptedBackend(score=fail_on_y)).evaluate(np.ones((1, 3), dtype=bool))
+    assert np.isnan(values.utility[0, 1])
+    assert np.isnan(values.performance[0, 1])
+    assert values.predictions[0, 1] == -1
+    ((i, j, why),) = values.missing
+    assert (i, j) == (0, 1)
+    assert "overloaded" in why
+    with pytest.raises(InconclusiveError, match=r"1 of 2 values are missing.*overloaded"):
+        values.require_complete("test")
+
+
+def test_label_only_models_give_right_or_wrong() -> None:
+    backend = ScriptedBackend(score=lambda r: {" a": 0.0, " b": None})
+    values = function(backend).evaluate(np.ones((1, 3), dtype=bool))
+    assert values.scale == "accuracy"
+    assert values.utility.tolist() == [[1.0, 0.0]]
+    assert values.probabilities.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
+
+
+def test_queries_with_fewer_choices_have_probability_zero_beyond_their_own() -> None:
+    queries = (Query("q0", {"input": "x"}, "p", ("p", "q", "r")), Query("q1", {"input": "y"}, "s", ("s", "t")))
+    demos = (Demonstration("d", {"input": "i"}, "p", ("p", "q")),)
+    backend = ScriptedBackend(score=lambda r: [-1.0] * len(r.candidates))
+    values = PromptValueFunction(
+        FewShotPrompt(demos), LabelTask(None), queries, Meter(backend, None, role="target", run="r")
+    ).evaluate(np.ones((1, 1), dtype=bool))
+    np.testing.assert_allclose(values.probabilities[0], [[1 / 3] * 3, [0.5, 0.5, 0.0]])
+
+
+def test_text_tasks_score_generated_text() -> None:
+    backend = ScriptedBackend(generate=lambda r: "blue" if "i0" in str(r.prompt) else "red")
+    queries = (Query("q0", {"input": "x"}, "blue"),)
+    values = PromptValueFunction(
+        PROMPT, TextTask("exact_match"), queries, Meter(backend, None, role="target", run="r")
+    ).evaluate(np.array([[True, True, True], [False, True, True]]))
+    assert values.utility.tolist() == [[1.0], [0.0]]
+    assert values.outputs == (("blue",), ("red",))
+
+
+def test_wrong_matrices_are_refused() -> None:
+    with pytest.raises(InputError, match=r"boolean matrix \(n_coalitions, 3\)"):
+        function(ScriptedBackend(score=count_kept)).evaluate(np.ones((2, 4), dtype=bool))
+    with pytest.raises(InputError, match="boolean matrix"):
+        function(ScriptedBackend(score=count_kept)).evaluate(np.ones((2, 3)))
