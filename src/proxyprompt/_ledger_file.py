@@ -48,10 +48,12 @@ _DDL = (
     estimate INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL DEFAULT 0,
     completion_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0)""",
     "CREATE INDEX attempt_run ON attempt (run, role)",
-    """CREATE TABLE response (key BLOB NOT NULL PRIMARY KEY, body BLOB NOT NULL,
+    """CREATE TABLE response (key BLOB NOT NULL, body BLOB NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
     model_returned BLOB, sha256 BLOB NOT NULL, schema INTEGER NOT NULL, created_at REAL NOT NULL,
     request BLOB)""",
+    # Not unique, although keys are: a damaged key must never stand in the way of rebuilding the index.
+    "CREATE INDEX response_key ON response (key)",
     # No types and no rules: a damaged row may hold anything.
     f"CREATE TABLE quarantine (set_aside_at REAL NOT NULL, {RESPONSE_COLUMNS})",
 )

@@ -117,7 +117,9 @@ def non_inferiority(
 
     Notes
     -----
-    Queries are taken as independent draws; nothing else is assumed.
+    Queries are taken as independent draws; nothing else is assumed. ``"betting"`` reads them in the order
+    given, which must not depend on the scores: shuffle a set that is sorted by topic or difficulty before
+    it is split.
 
     ``"exact"``: only wins (right with the smaller prompt alone) and losses matter. The p-value is the
     supremum over the unknown win rate of an exact trinomial tail of the score statistic; with ``tau`` it

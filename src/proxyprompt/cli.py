@@ -193,7 +193,7 @@ class _Watch:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, soft_wrap=True)
         self._bars = Progress(
             TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=28),

@@ -135,8 +135,14 @@ def shapley_kernel_coalitions(
     down, its expectation exact), and within a class complement pairs [2]_ are drawn without
     replacement. Each sampled row weighs (remaining mass) / (number of sampled rows), the inverse of
     its inclusion probability times its kernel weight, so that weighted sums over the rows are unbiased
-    for the sums over all coalitions. The reference draws with replacement and counts repeats; here no
-    coalition is paid for twice.
+    for the sums over all coalitions.
+
+    Departures: the reference draws with replacement and counts repeats; here no coalition is paid for
+    twice. And from ``2 n + 2`` to ``4 n - 1`` coalitions the class of single units is listed first even
+    where its share is smaller. Purely random rows are there nearly as few as the units, and the
+    regression nearly singular: on games with interactions of 24 and 64 units the mean squared error of
+    the Shapley values fell 2 to 5 times at ``2.3 n`` to ``3 n`` coalitions and over 20 times at ``2.1 n``;
+    at ``4 n`` the plain rule is as good or better.
 
     References
     ----------
@@ -276,7 +282,12 @@ def _classes(n_units: int, budget: int, rng: np.random.Generator) -> Iterator[tu
     mass = {s: (1.0 if 2 * s == n_units else 2.0) / (s * (n_units - s)) for s in sizes}
     pairs = {s: comb(n_units, s) // (2 if 2 * s == n_units else 1) for s in sizes}
     left = min((budget - 2) // 2, sum(pairs.values()))
-    while sizes and left * mass[sizes[0]] >= pairs[sizes[0]] * sum(mass[s] for s in sizes) * (1 - 1e-12):
+    # The single units first when pairs are few: a nearly square random design is nearly singular.
+    scarce = bool(sizes) and n_units <= left < 2 * n_units - 1
+    while sizes and (
+        scarce or left * mass[sizes[0]] >= pairs[sizes[0]] * sum(mass[s] for s in sizes) * (1 - 1e-12)
+    ):
+        scarce = False
         s = sizes.pop(0)
         left -= pairs[s]
         yield _first_subsets(n_units, s, pairs[s]), mass[s] / (2 * pairs[s])

@@ -256,7 +256,7 @@ class Ledger:
                 query = f"SELECT rowid, {RESPONSE_COLUMNS} FROM response WHERE key IN ({marks})"
                 for rowid, *row in connection.execute(query, chunk):
                     if row[0] in wanted and _intact(row):
-                        found[row[0].hex()] = _stored(row)
+                        found.setdefault(row[0].hex(), _stored(row))
                     else:
                         suspects.append(rowid)
         if suspects:
@@ -391,10 +391,9 @@ class Ledger:
         columns = "finished_at = ?, {} prompt_tokens = ?, completion_tokens = ?, cached_tokens = ?"
         touched = 0
         with self._file.use("written", write=True) as connection:
-            insert = (
-                f"INSERT INTO response ({RESPONSE_COLUMNS}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"
-            )
-            connection.executemany(insert, rows)
+            absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
+            insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
+            connection.executemany(insert, [(*row, row[0]) for row in rows])
             if done:
                 query = f"UPDATE attempt SET state = 'done', {columns.format('')} WHERE id = ? AND key = ?"
                 touched += connection.executemany(query, done).rowcount
@@ -440,22 +439,13 @@ class Ledger:
     # -- damage
 
     def _set_aside(self, rowids: list[int]) -> int:
-        try:
-            moved = self._move(rowids)
-        except LedgerCorruptError:
-            moved = -1
-        if moved < len(rowids):
-            # The index on key and the table disagree; only then does a row fail here or prove intact.
-            with self._file.use("repaired", write=True) as connection:
-                connection.execute("REINDEX response")
-            moved = max(moved, 0) + self._move(rowids)
-        return moved
-
-    def _move(self, rowids: list[int]) -> int:
         moved = 0
         with self._file.use("repaired", write=True) as connection:
+            # If the damage is in the index or in a key, the two disagree, and a row deleted by its damaged
+            # key would leave an entry behind that hides the answer bought in its place.
+            connection.execute("REINDEX response")
             for rowid in rowids:
-                # By rowid, and checked again: another process may have set it aside and bought it anew.
+                # Checked again: another process may have set it aside and bought it anew.
                 query = f"SELECT {RESPONSE_COLUMNS} FROM response WHERE rowid = ?"
                 row = connection.execute(query, (rowid,)).fetchone()
                 if row is None or _intact(row):

@@ -147,6 +147,11 @@ class TestLabelOnly:
         assert len(server.requests) == 1
         assert server.requests[0][1]["max_tokens"] == 11
 
+    def test_stays_so_even_if_log_probabilities_come_unasked(self, server: Scripted) -> None:
+        server.replies = [text("negative"), scores()]
+        _, second = in_order(backend(server).score([ScoreRequest("p", LABELS)] * 2), 2)
+        assert (second.logprobs, second.censored) == ((0.0, None), (True, True))
+
     def test_unparsable(self, server: Scripted) -> None:
         result = ask(server, text("I think it is positive", "length"))
         assert result.error == (

@@ -110,6 +110,7 @@ def test_file_is_private_reproducible_and_replaced(tmp_path: Path) -> None:
     first = path.read_bytes()
     write_recordings(path, [pair])
     assert path.read_bytes() == first
+    assert first[4:8] == bytes(4)  # no time of writing
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.jsonl.gz"]
 
 

@@ -79,7 +79,7 @@ def test_from_dict_names_odd_fields():
 
 
 def test_attribution_rejects_nan_and_shapes():
-    with pytest.raises(InputError, match="mean holds NaN"):
+    with pytest.raises(InputError, match="values holds NaN"):
         make([np.nan])
     with pytest.raises(InputError, match=r"mean has shape \(1,\), \(2,\)"):
         Attribution(**{**_fields(make([0.0, 1.0])), "mean": np.zeros(1)})
@@ -166,10 +166,10 @@ def test_too_many_dropped_queries_are_inconclusive():
 
 def test_missing_rows_that_leave_units_undetermined():
     explainer = KernelSHAP(max_missing=0.9)
-    design = explainer.design(8, 18, rng=np.random.default_rng(0))
-    values = np.zeros((18, 2))
+    design = explainer.design(8, 22, rng=np.random.default_rng(0))
+    values = np.zeros((22, 2))
     values[4:, 0] = np.nan
-    with pytest.raises(InputError, match="Query 0 of those kept lacks 14 coalitions"):
+    with pytest.raises(InputError, match="Query 0 of those kept lacks 18 coalitions"):
         explainer.fit(design, values)
 
 

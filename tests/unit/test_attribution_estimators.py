@@ -87,11 +87,13 @@ def test_same_rng_same_result(explainer):
     assert (run(0).values != run(1).values).any()
 
 
-@pytest.mark.parametrize(("n_units", "smallest"), [(1, 2), (2, 4), (3, 8), (4, 10), (8, 18), (24, 50)])
+@pytest.mark.parametrize(("n_units", "smallest"), [(1, 2), (2, 4), (3, 8), (4, 14), (8, 22), (24, 54)])
 def test_kernel_shap_names_the_smallest_budget(n_units, smallest):
     explainer = KernelSHAP()
     assert explainer.smallest_budget(n_units) == smallest
-    with pytest.raises(InputError, match=rf"budget={smallest - 1}: .* smallest budget that works is {smallest}"):
+    with pytest.raises(
+        InputError, match=rf"budget={smallest - 1}: .* smallest budget that works is {smallest}"
+    ):
         explainer.design(n_units, smallest - 1, rng=np.random.default_rng(0))
     for seed in range(5):
         game = random_game(n_units, seed, n_queries=1)
@@ -113,11 +115,11 @@ def test_kernel_shap_refuses_designs_that_do_not_determine_the_units():
     explainer = KernelSHAP()
     rows = enumerate_coalitions(6)[[0, 63, 1, 62, 2, 61, 3, 60]]
     design = Design(rows, np.array([0.0, 0.0, *[1 / 6] * 6]), exact=False)
-    with pytest.raises(InputError, match="do not determine 6 units; the smallest budget that works is 14"):
+    with pytest.raises(InputError, match="do not determine 6 units; the smallest budget that works is 18"):
         explainer.fit(design, np.zeros((8, 2)))
 
 
-@pytest.mark.parametrize("budget", [48, 72, 96])
+@pytest.mark.parametrize("budget", [54, 72, 96])
 def test_planted_importance_is_found_with_two_to_four_times_n(budget):
     n_units, planted = 24, [3, 11, 17]
     rng = np.random.default_rng(0)
@@ -125,11 +127,9 @@ def test_planted_importance_is_found_with_two_to_four_times_n(budget):
     terms = [((unit,), effects[unit] + 0.05 * rng.normal(size=40)) for unit in range(n_units)]
     terms += [(tuple(rng.permutation(n_units)[:2]), 0.05 * rng.normal(size=40)) for _ in range(40)]
     game = UnanimityGame(n_units, terms)
-    budget = max(budget, KernelSHAP.smallest_budget(n_units))
     result = KernelSHAP().attribute(game, n_units, budget=budget, rng=rng)
     assert sorted(result.ranking()[-3:].tolist()) == planted
-    if budget >= 72:
-        assert (result.lower_bound(0.99)[planted] > 0).all()
+    assert (result.lower_bound(0.99)[planted] > 0).all()
 
 
 def test_standard_error_has_both_parts():
@@ -137,11 +137,11 @@ def test_standard_error_has_both_parts():
     result = KernelSHAP().attribute(game, 10, budget=60, rng=np.random.default_rng(0))
     assert (result.se_queries > 0).all()
     assert (result.se_coalitions > 0).all()
-    np.testing.assert_allclose(
-        result.se_queries, result.values.std(axis=0, ddof=1) / np.sqrt(25), rtol=1e-12
-    )
+    np.testing.assert_allclose(result.se_queries, result.values.std(axis=0, ddof=1) / np.sqrt(25), rtol=1e-12)
     np.testing.assert_allclose(result.standard_error, np.hypot(result.se_queries, result.se_coalitions))
-    single = KernelSHAP().attribute(random_game(10, 5, n_queries=1), 10, budget=60, rng=np.random.default_rng(0))
+    single = KernelSHAP().attribute(
+        random_game(10, 5, n_queries=1), 10, budget=60, rng=np.random.default_rng(0)
+    )
     assert not single.se_queries.any()
 
 
@@ -169,7 +169,9 @@ def test_exact_shapley_errors_and_any_order():
     game = random_game(4, 7)
     rows, weights = shapley_kernel_coalitions(4, 16, rng=np.random.default_rng(0))
     shuffled = Design(rows, weights, exact=True)
-    np.testing.assert_allclose(ExactShapley().fit(shuffled, game(rows)).values, game.shapley_values, atol=1e-9)
+    np.testing.assert_allclose(
+        ExactShapley().fit(shuffled, game(rows)).values, game.shapley_values, atol=1e-9
+    )
     with pytest.raises(InputError, match="all 16 coalitions are needed once"):
         ExactShapley().fit(Design(rows[:10], weights[:10], exact=False), np.zeros((10, 1)))
 
@@ -228,8 +230,8 @@ def test_lime_errors():
 
 
 def test_value_function_shape_is_checked():
-    with pytest.raises(InputError, match=r"values has shape \(18, 2, 1\)"):
-        KernelSHAP().attribute(lambda z: np.zeros((len(z), 2, 1)), 8, budget=18, rng=np.random.default_rng(0))
+    with pytest.raises(InputError, match=r"values has shape \(22, 2, 1\)"):
+        KernelSHAP().attribute(lambda z: np.zeros((len(z), 2, 1)), 8, budget=22, rng=np.random.default_rng(0))
     with pytest.raises(InputError, match="coalitions has 3 units, the game 2"):
         GloveGame(1)(np.zeros((1, 3), dtype=bool))
 
@@ -244,7 +246,7 @@ def test_game_errors():
 
 
 @settings(max_examples=30, deadline=None)
-@given(n_units=st.integers(4, 9), seed=st.integers(0, 2**32 - 1), budget=st.integers(20, 80))
+@given(n_units=st.integers(4, 9), seed=st.integers(0, 2**32 - 1), budget=st.integers(24, 80))
 def test_efficiency_holds_for_every_query(n_units, seed, budget):
     game = random_game(n_units, seed)
     result = KernelSHAP().attribute(game, n_units, budget=budget, rng=np.random.default_rng(seed))
@@ -264,7 +266,9 @@ def test_symmetry_dummy_and_linearity(n_units, seed):
     lookup = np.argsort(codes)
     swapped = free[lookup[rows[:, swap] @ (1 << np.arange(n_units))]]
     symmetric = free + swapped
-    without_last = free[lookup[np.where(np.arange(n_units) == n_units - 1, False, rows) @ (1 << np.arange(n_units))]]
+    without_last = free[
+        lookup[np.where(np.arange(n_units) == n_units - 1, False, rows) @ (1 << np.arange(n_units))]
+    ]
     other = rng.normal(size=(len(rows), 1))
     design, exact = Design(rows, np.ones(len(rows)), exact=True), ExactShapley()
     kernel_rows, weights = shapley_kernel_coalitions(n_units, 2**n_units, rng=rng)

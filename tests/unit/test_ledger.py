@@ -307,6 +307,35 @@ def test_flipped_bits_anywhere_in_the_file_are_never_served(tmp_path: Path) -> N
     assert outcomes["absent"] > 30, outcomes
 
 
+@pytest.mark.parametrize("where", ["table", "index", "table and index", "table and body"])
+def test_flipped_keys_are_not_served_and_can_be_bought_anew(tmp_path: Path, where: str) -> None:
+    path, rng = tmp_path / "l.db", random.Random(3)
+    with Ledger(path) as ledger:
+        bodies = buy(ledger, range(20))
+        with ledger._file.use("written", write=True) as connection:
+            connection.execute("DELETE FROM attempt")  # the third place where the keys stand
+    content = bytearray(path.read_bytes())
+    for key, body in bodies.items():
+        in_table = content.index(body.encode()) - 32
+        first = content.index(bytes.fromhex(key))
+        in_index = first if first != in_table else content.index(bytes.fromhex(key), in_table + 1)
+        if "table" in where:
+            flip(content, in_table + rng.randrange(32), rng)
+        if "index" in where:
+            flip(content, in_index + rng.randrange(4, 32), rng)  # keeps the index in order
+        if "body" in where:
+            flip(content, in_table + 32 + rng.randrange(len(body)), rng)
+    path.write_bytes(content)
+    with Ledger(path) as ledger, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = ledger.lookup(bodies)
+        # With the index intact, the right row may still be found by its right key.
+        assert found == {} or (where == "table" and len(found) == 20)
+        assert all(row.body == bodies[key] for key, row in found.items())
+        buy(ledger, range(20))
+        assert {key: row.body for key, row in ledger.lookup(bodies, strict=True).items()} == bodies
+
+
 def test_swapped_rows_are_not_served(tmp_path: Path) -> None:
     path = tmp_path / "l.db"
     with Ledger(path) as ledger:
@@ -491,31 +520,37 @@ def test_eight_threads_share_one_ledger_and_never_overspend(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_parent_and_child_both_write_after_a_fork(tmp_path: Path) -> None:
+def test_nothing_is_lost_when_parent_and_child_write_after_a_fork(tmp_path: Path) -> None:
     path = tmp_path / "l.db"
+    wrote, closed = os.pipe(), os.pipe()
+    ledger = Ledger(path)
+    buy(ledger, range(5))
+    (mine,) = ledger.reserve([key_number(100)], run="r", stage="s", role="target", model="m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns if a plugin has a thread
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException):
+            buy(ledger, range(10, 11))
+            os.write(wrote[1], b"x")
+            os.read(closed[0], 1)
+            for n in range(11, 20):
+                buy(ledger, range(n, n + 1))
+            code = 0
+        os._exit(code)
+    os.read(wrote[0], 1)
+    # The child opened the file while we held a reservation: it must not have released it.
+    ledger.mark_sent([mine])
+    ledger.record([Answer(mine, key_number(100), "x")])
+    # With inherited locks this would be taken for the last connection and delete the child's log.
+    ledger.close()
+    os.write(closed[1], b"x")
+    assert os.waitpid(pid, 0)[1] == 0
     with Ledger(path) as ledger:
-        buy(ledger, range(5))
-        key = key_number(100)
-        (mine,) = ledger.reserve([key], run="r", stage="s", role="target", model="m")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns if a plugin has a thread
-            pid = os.fork()
-        if pid == 0:
-            code = 1
-            with suppress(BaseException):
-                for n in range(10, 20):
-                    buy(ledger, range(n, n + 1))
-                ledger.close()
-                code = 0
-            os._exit(code)
-        for n in range(20, 30):
-            buy(ledger, range(n, n + 1))
-        assert os.waitpid(pid, 0)[1] == 0
-        # The child opened the file while we held a reservation: it must not have released it.
-        ledger.mark_sent([mine])
-        ledger.record([Answer(mine, key, "x")])
-    with Ledger(path) as ledger:
-        assert len(ledger.lookup([key_number(n) for n in [*range(5), *range(10, 30), 100]])) == 26
+        assert len(ledger.lookup([key_number(n) for n in [*range(5), *range(10, 20), 100]])) == 16
+    for end in (*wrote, *closed):
+        os.close(end)
 
 
 def test_attempts_of_the_dead_are_settled_and_those_of_the_living_are_not(tmp_path: Path) -> None:

@@ -361,6 +361,11 @@ def test_a_payload_in_every_field_stays_text(payload: str) -> None:
         assert " ".join(t.visible(payload).split())[:60] in page.text
 
 
+@cache
+def _n_headings() -> int:
+    return sum(line.startswith(_HEADINGS) for line in render_markdown(_hostile("word")).splitlines())
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_markdown_keeps_a_payload_as_text(payload: str) -> None:
     markdown = render_markdown(_hostile(payload))
@@ -378,6 +383,7 @@ def test_markdown_keeps_a_payload_as_text(payload: str) -> None:
         if re.match(r"#+ |[+*>] |\d+[.)] |={3}|-{3}|    ", line) and not line.startswith(_HEADINGS)
     ]
     assert starts == []
+    assert sum(line.startswith(_HEADINGS) for line in markdown.splitlines()) == _n_headings()
 
 
 def _terminal(summary: Summary, *, encoding: str = "utf-8", width: int = 100) -> str:
@@ -408,14 +414,9 @@ def test_default_console_is_standard_output(capsys: pytest.CaptureFixture[str]) 
 
 def test_certificate_in_plain_words() -> None:
     text = _Page(render_html(_summary())).text
-    assert (
-        "On 180 queries that no earlier step had seen, the full prompt reached 89.4 % and the smaller one 91.1 %."
-        in text
-    )
-    assert (
-        "At 95 % confidence the smaller prompt keeps at least 90 % of the accuracy of the full one (tau = 0.90)."
-        in text
-    )
+    assert "On 180 queries that no earlier step had seen, the full prompt reached 89.4 %" in text
+    assert "and the smaller one 91.1 %." in text
+    assert "At 95 % confidence the smaller prompt keeps at least 90 % of the accuracy of the full one" in text
     assert "lower bound +6.1 points" in text
     assert "e-value of 413, where 20 is needed" in text
     assert "(margin" not in text
@@ -616,7 +617,8 @@ def test_numbers_as_read_by_people() -> None:
     assert [t.percent(0.905), t.share(0.333), t.share(0.004), t.share(1), t.share(0.999)] == [
         "90.5\u00a0%", "33\u00a0%", "0.4\u00a0%", "100\u00a0%", "99.9\u00a0%",
     ]  # fmt: skip
-    assert [t.money(0.8, "USD"), t.money(0.0042, "EUR"), t.money(0, "USD"), t.money(1e-7, "USD"), t.money(-3, "CHF")] == [
+    amounts = [(0.8, "USD"), (0.0042, "EUR"), (0, "USD"), (1e-7, "USD"), (-3, "CHF")]
+    assert [t.money(value, currency) for value, currency in amounts] == [
         "$0.80", "\u20ac0.0042", "$0.00", "$1.0e-07", "\u22123.00\u00a0CHF",
     ]  # fmt: skip
     assert [t.p_value(0.0001), t.p_value(0.05), t.p_value(None)] == ["p < 0.001", "p = 0.050", "p n/a"]

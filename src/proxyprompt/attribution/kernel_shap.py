@@ -46,11 +46,18 @@ class KernelSHAP(Explainer):
     correction (CR3). ``f_p`` is the share of that size's coalitions that is in the design, the finite
     population correction of drawing without replacement; sizes that are listed completely drop out.
     Ignoring the stratification over sizes makes it slightly large. Its degrees of freedom are
-    (number of clusters) - (n - 1). Below about ``4 n`` coalitions the regression is nearly saturated: the
-    attributions are noisy, and the standard errors say so.
+    (number of clusters) - (n - 1).
+
+    With fewer sampled clusters than units the sandwich has no rank in most directions and is far too
+    small. ``B`` is then replaced by its value over all coalitions, ``2 H_{n-1}`` times the identity (``H``
+    the harmonic number; by symmetry), and the scores' covariance by the multiple of the identity with
+    the same trace: ``se_coalitions**2 = (2 H_{n-1})**2 / n sum_p (1 - f_p) |g_p|**2``, the same for every
+    unit, on as many degrees of freedom as sampled clusters. It is conservative: on games with
+    interactions of 5 to 64 units, mean +- 1.96 se covered 90 to 100 %.
 
     **Departures.** Sampled designs in which some unit depends on a single cluster (no standard error
-    then) are redrawn, at most 100 times; at budgets above about ``4 n`` that happens almost never.
+    then) are redrawn, at most 100 times; it happens in a few per cent of draws near ``4 n`` coalitions and
+    hardly ever above.
     The reference regresses on an L1-selected subset of the units by default; this does not.
 
     References
@@ -72,8 +79,12 @@ class KernelSHAP(Explainer):
 
     @staticmethod
     def smallest_budget(n_units: int) -> int:
-        """Fewest coalitions that determine the units with one pair to spare: min(2**n, 2 n + 2)."""
-        return int(min(2**n_units, 2 * n_units + 2))
+        """Fewest coalitions that determine the units and leave two pairs to judge the error by.
+
+        That is ``min(2**n, 2 n + 6)``: the empty and the full one, the ``n`` units with their complements,
+        and two more pairs.
+        """
+        return int(min(2**n_units, 2 * n_units + 6))
 
     def design(self, n_units: int, budget: int, *, rng: np.random.Generator) -> Design:
         """Draw the coalitions of :func:`~proxyprompt.coalitions.shapley_kernel_coalitions`.
@@ -102,7 +113,7 @@ class KernelSHAP(Explainer):
             raise InputError(
                 f"budget={budget}: {n_units} units are not determined by so few coalitions; the smallest "
                 f"budget that works is {smallest}.",
-                hint=f"Use {smallest} or more; {4 * n_units} gives usable standard errors.",
+                hint=f"Use {smallest} or more; {4 * n_units} gives tighter standard errors.",
             )
         for _ in range(_REDRAWS):
             coalitions, weights = shapley_kernel_coalitions(n_units, budget, rng=rng)
@@ -233,11 +244,9 @@ def _sampling_error(regression: _Regression, design: Design, gaps: FloatArray) -
     counts = np.bincount(sizes[used], minlength=design.n_units + 1)
     share = np.array([counts[s] / comb(design.n_units, s) for s in range(design.n_units + 1)])[sizes]
     ids = regression.clusters
-    n_clusters = len(np.unique(ids[used]))
-    df = float(max(n_clusters - (design.n_units - 1), 1))
     sampled = used & (share < 1)
     if not sampled.any():
-        return np.zeros(design.n_units), df
+        return np.zeros(design.n_units), float("inf")
     mean_gap = np.nan_to_num(np.nanmean(gaps, axis=1))
     rows = (design.weights * mean_gap / (1 - regression.cluster_hat))[:, None] * regression.x
     members, where = np.unique(ids[sampled], return_inverse=True)
@@ -245,12 +254,16 @@ def _sampling_error(regression: _Regression, design: Design, gaps: FloatArray) -
     np.add.at(scores, where, rows[sampled])
     thinning = np.zeros(len(members))
     thinning[where] = np.sqrt(np.maximum(1 - share[sampled], 0.0))
+    m, n = len(members), design.n_units
+    if m < n:
+        total = float(((scores * thinning[:, None]) ** 2).sum()) / design.weights.sum() ** 2
+        harmonic = float((1 / np.arange(1, n)).sum())
+        return np.full(n, 2 * harmonic * np.sqrt(total / n)), float(m)
     centred = (scores - scores.mean(axis=0)) * thinning[:, None]
     bread = regression.basis @ (regression.inverse @ regression.inverse.T)
-    m = len(members)
     errors = centred @ bread.T
-    se: FloatArray = np.sqrt((errors**2).sum(axis=0) * (m / max(m - 1, 1)))
-    return se, df
+    se: FloatArray = np.sqrt((errors**2).sum(axis=0) * (m / (m - 1)))
+    return se, float(max(len(np.unique(ids[used])) - (n - 1), 1))
 
 
 def _complement_clusters(coalitions: BoolArray) -> NDArray[np.int64]:

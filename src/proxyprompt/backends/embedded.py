@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .._require import require
-from ..errors import BackendError, InputError, MissingDependencyError, ModelSpecError
+from proxyprompt._require import require
+from proxyprompt.errors import BackendError, InputError, MissingDependencyError, ModelSpecError
+
 from .transformers.backend import TransformersBackend
 from .transformers.convert import write_model
 from .transformers.gguf import parse_gguf
@@ -178,8 +179,8 @@ def embedded_model_path(
     name : str
         A key of :data:`EMBEDDED_MODELS`.
     cache_dir : path, optional
-        Where converted models are kept. The default is the environment variable ``PROXYPROMPT_CACHE``, or else
-        the user's cache directory.
+        Where converted models are kept. By default the folder in the environment variable
+        ``PROXYPROMPT_CACHE``, or else the user's cache directory.
     progress : callable, optional
         Told in a sentence what takes long.
     verify : bool

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -190,7 +191,7 @@ def certify(
             raise InputError(
                 "candidates: one is not a subset of the one before; a fixed-sequence test needs nested candidates."
             )
-    power = power_statement(n_sealed, tau=tau, level=level, full_score=full_score)
+    power = power_statement(n_sealed, tau=tau, level=level, full_score=round(full_score, 2))
     whole = np.ones(n_units, dtype=np.bool_)
     reference = evaluate(whole[None, :])
     reference.require_complete("certifying on the target")
@@ -219,6 +220,7 @@ def certify(
     )
 
 
+@lru_cache(maxsize=64)
 def power_statement(n: int, *, tau: float, level: float, full_score: float, discordance: float = 0.1) -> str:
     """Say, before anything is asked, what a certificate on ``n`` sealed queries can show."""
     score = min(max(full_score, 0.05), 0.95)

@@ -1,4 +1,4 @@
-"""Attention of packed trie rows over one shared path, for any model built on transformers' attention interface.
+"""Attention of packed trie rows over one shared path, for models built on transformers' attention interface.
 
 A model calls the registered function in every layer with the queries, keys and values of all rows of a pass.
 The function keeps the keys and values of the current path itself, so that neither transformers' caches nor
@@ -9,15 +9,15 @@ Called without a plan it is transformers' own scaled-dot-product attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..._require import require
+from proxyprompt._require import require
+
 from .trie import Pass
 
-__all__ = ["IMPLEMENTATION", "PathStore", "PassPlan", "UnsupportedModel", "register"]
+__all__ = ["IMPLEMENTATION", "PassPlan", "PathStore", "UnsupportedModel", "register"]
 
 IMPLEMENTATION = "proxyprompt_trie"
 _REFUSED = ("softcap", "position_bias", "s_aux", "cache")
@@ -161,5 +161,3 @@ class PassPlan:
             mask.masked_fill_(~allowed, -np.inf)
             masks.append((first, mask.repeat(group, 1)))
         return masks
-
-

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BackendError, InputError
-from ..base import (
+from proxyprompt.backends.base import (
     GenerateRequest,
     GenerateResult,
     OnSend,
@@ -23,14 +22,16 @@ from ..base import (
     ScoreResult,
     Usage,
 )
+from proxyprompt.errors import BackendError, InputError
+
 from . import identity as files
-from .engine import TrieEngine, check_engine, choose_limits
+from .engine import TrieEngine, choose_limits
 from .generation import Growing, grow
 from .loading import Device, Dtype, load_model, pick_device
-from .plain import PlainEngine
+from .plain import PlainEngine, choose_engine, grow_plainly
 from .threads import choose_threads, import_torch, use_threads
 from .tokens import EncodedRequest, TextTokenizer, batch_trie, encode_requests
-from .trie import IntArray, Trie
+from .trie import IntArray
 
 __all__ = ["TransformersBackend"]
 
@@ -58,7 +59,7 @@ class TransformersBackend:
         ``"auto"`` takes CUDA where there is one.
     chat_template : bool, optional
         Whether prompts of chat turns are rendered with the model's template. ``None`` renders them where the
-        model has one, ``True`` insists on it as soon as the tokenizer is loaded, ``False`` refuses chat turns.
+        model has one, ``True`` also insists that it has one, ``False`` refuses chat turns.
     revision : str, optional
         Commit, tag or branch of a hub id.
     max_batch_tokens : int, optional
@@ -80,15 +81,15 @@ class TransformersBackend:
     *Score.* Prompt and candidate are tokenised together, once for each candidate. Let ``start`` be the
     smallest, over the candidates of a request, of the number of leading tokens that the tokenised prompt and
     the tokenised prompt-and-candidate have in common. The log-probability of a candidate is the sum, over its
-    token positions from ``start`` on, of the log-softmax over the whole vocabulary. So tokens that merge across
-    the boundary are scored as the model would read them, and all candidates of a request are conditioned on
-    the same tokens.
+    token positions from ``start`` on, of the log-softmax over the whole vocabulary. So tokens that merge
+    across the boundary are scored as the model would read them, and all candidates of a request are
+    conditioned on the same tokens.
 
     *Special tokens.* Text gets the tokenizer's own (a beginning-of-text token where it has one), without any
     it would put at the end; a rendered chat prompt gets none, since the template wrote them.
 
-    *Sharing.* Every distinct prefix of a batch is computed once. What the model reads is the batch's token trie
-    less each candidate's last token, which is predicted and never read; that is what :meth:`plan` counts.
+    *Sharing.* Every distinct prefix of a batch is computed once. What the model reads is the batch's token
+    trie less each candidate's last token, which is predicted and never read; :meth:`plan` counts just that.
     Architectures whose attention needs more than positions and sliding windows are found out by a small
     measurement at load and run without sharing; :attr:`shares_prefixes` tells.
     """
@@ -116,7 +117,7 @@ class TransformersBackend:
             ("threads", threads),
         ):
             if value is not None and value < 1:
-                raise InputError(f"{key}: {value!r} must be at least 1.", hint="Leave it out for the default.")
+                raise InputError(f"{key}: {value!r} must be at least 1.", hint="Leave it out.")
         self._source = os.fspath(model)
         self._dtype, self._device, self._revision = dtype, device, revision
         self._chat_template = chat_template
@@ -182,8 +183,8 @@ class TransformersBackend:
     ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
         """Yield log-probabilities in blocks; see :class:`~proxyprompt.backends.base.Scorer`.
 
-        Requests are checked and tokenised at the call; weights are loaded and blocks computed when the iterator
-        is asked for them.
+        Requests are checked and tokenised at the call; weights are loaded and blocks computed when the
+        iterator is asked for them.
 
         Raises
         ------
@@ -259,7 +260,7 @@ class TransformersBackend:
     @cached_property
     def _engine(self) -> TrieEngine | PlainEngine:
         with self._computing():
-            return TrieEngine(self._model) if not check_engine(self._model) else PlainEngine(self._model)
+            return choose_engine(self._model)
 
     @cached_property
     def _thread_count(self) -> int:
@@ -332,16 +333,25 @@ class TransformersBackend:
         self, growing: Sequence[Growing], on_send: OnSend | None, on_tokens: OnTokens | None
     ) -> Iterator[Sequence[tuple[int, GenerateResult]]]:
         order = sorted(range(len(growing)), key=lambda index: growing[index].prompt.tolist())
-        at_once = _TEXTS_AT_ONCE if isinstance(self._engine, TrieEngine) else 1
+        if not order:
+            return
+        at_once = _TEXTS_AT_ONCE if self.shares_prefixes else 1
         announce = _announce(on_send)
         for begin in range(0, len(order), at_once):
             mine = order[begin : begin + at_once]
             announce(np.asarray(mine))
             batch = [growing[index] for index in mine]
-            longest = max(int(text.prompt.size) for text in batch)
-            limits = choose_limits(self._model, longest, self._max_batch_tokens, self._budget())
-            grow(self._model, self._tokenizer, batch, limits, self._computing, on_tokens or _ignore)
+            self._grow(batch, on_tokens or _ignore)
             yield [(index, _generate_result(growing[index])) for index in mine]
+
+    def _grow(self, batch: Sequence[Growing], on_tokens: OnTokens) -> None:
+        if not self.shares_prefixes:
+            for text in batch:
+                grow_plainly(self._model, self._tokenizer, text, self._computing, on_tokens)
+            return
+        longest = max(int(text.prompt.size) for text in batch)
+        limits = choose_limits(self._model, longest, self._max_batch_tokens, self._budget())
+        grow(self._model, self._tokenizer, batch, limits, self._computing, on_tokens)
 
 
 def _score_result(sums: np.ndarray[Any, np.dtype[np.float64]], encoded: EncodedRequest) -> ScoreResult:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BackendError
+from proxyprompt.errors import BackendError
+
 from .gguf import FloatArray, GgufFile
 
 __all__ = ["write_model"]
@@ -108,7 +109,7 @@ def _safetensors(source: GgufFile) -> Iterator[Any]:
     yield struct.pack("<Q", len(text)) + text
     for name in sorted(names):
         values = _arranged(source, names[name])
-        yield memoryview(np.ascontiguousarray(values, dtype="<f4")).cast("B")
+        yield np.ascontiguousarray(values, dtype="<f4").data.cast("B")
 
 
 def _name(name: str, source: GgufFile) -> str:
@@ -207,7 +208,9 @@ def _tokenizer_config(source: GgufFile) -> dict[str, Any]:
     meta = source.metadata
     tokens = meta[_TOKENS]
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    specials = {f"{ours}_token": tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for ours, key in names.items()}
+    specials = {
+        f"{ours}_token": tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for ours, key in names.items()
+    }
     return {"backend": "tokenizers", "tokenizer_class": "PreTrainedTokenizerFast", **specials}
 
 
@@ -230,14 +233,15 @@ def _tokenizer(source: GgufFile) -> dict[str, Any]:
         if kind == _CONTROL or (kind == _USER_DEFINED and token == source.metadata[_TOKENS][index])
     ]
     parts = _byte_level_parts() if byte_level else _sentence_piece_parts(source, tokens)
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts, "model": model}
+    head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    return head | parts | {"model": model}
 
 
 def _byte_level(source: GgufFile) -> tuple[list[str], dict[str, Any]]:
     tokens: list[str] = source.metadata[_TOKENS]
     merges = [merge.split(" ") for merge in source.metadata["tokenizer.ggml.merges"]]
-    options = {"unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
-    options |= {"fuse_unk": False, "byte_fallback": False}
+    options: dict[str, Any] = {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    options |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     return tokens, _bpe(tokens, merges, options)
 
 
@@ -257,8 +261,8 @@ def _sentence_pieces(source: GgufFile) -> tuple[list[str], dict[str, Any]]:
         "▁" * len(token) if " " in token and not token.strip() else token
         for token in source.metadata[_TOKENS]
     ]
-    options = {"unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    options |= {"fuse_unk": True, "byte_fallback": True}
+    options: dict[str, Any] = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    options |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
     return tokens, _bpe(tokens, _merges(tokens), options)
 
 
@@ -293,14 +297,15 @@ def _sentence_piece_parts(source: GgufFile, tokens: list[str]) -> dict[str, Any]
 
 def _bpe(tokens: list[str], merges: list[list[str]], options: dict[str, Any]) -> dict[str, Any]:
     vocab = {token: index for index, token in enumerate(tokens)}
-    return {"type": "BPE", "dropout": None, **options, "ignore_merges": False, "vocab": vocab, "merges": merges}
+    model = {"type": "BPE", "dropout": None, "ignore_merges": False, "vocab": vocab, "merges": merges}
+    return model | options
 
 
 def _merges(tokens: list[str]) -> list[list[str]]:
     """Merges that a sentence-piece vocabulary implies, best first.
 
-    A Gemma file lists its pieces in the order they were learned, so a piece's place ranks the merges that make
-    it; among the ways to cut one piece, the longer left part comes first, as in transformers.
+    A Gemma file lists its pieces in the order they were learned, so a piece's place ranks the merges that
+    make it; among the ways to cut one piece, the longer left part comes first, as in transformers.
     """
     index = {token: place for place, token in enumerate(tokens)}
     merges: list[list[str]] = []

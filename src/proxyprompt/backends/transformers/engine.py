@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..._require import require
-from ...errors import BackendError
+from proxyprompt._require import require
+from proxyprompt.errors import BackendError
+
 from .attention import IMPLEMENTATION, PassPlan, PathStore, UnsupportedModel
 from .trie import IntArray, Pass, Trie, build_trie
 
@@ -202,7 +203,7 @@ class TrieEngine:
 
 
 def read_rows(torch: Any, logits: Any, rows: IntArray, targets: IntArray) -> Values:
-    """Natural-log probability of ``targets[i]`` in row ``rows[i]`` of ``logits``, over the full vocabulary."""
+    """Natural-log probability of ``targets[i]`` after row ``rows[i]`` of ``logits``, over the vocabulary."""
     if not rows.size:
         return np.zeros(0)
     logits = logits.float()
@@ -210,13 +211,15 @@ def read_rows(torch: Any, logits: Any, rows: IntArray, targets: IntArray) -> Val
     at = torch.as_tensor(rows, device=logits.device)
     picked = logits[at, torch.as_tensor(targets, device=logits.device)]
     values: Values = (picked - total[at]).double().cpu().numpy()
-    return values
+    # Rounding can leave a sure token a hair above probability one.
+    return np.minimum(values, 0.0)
 
 
 def check_engine(model: Any) -> str:
     """Say why a model cannot run on the trie engine, or return the empty string.
 
-    The check is a measurement: a small trie is computed both ways. Layers that need more than positions and
+    The check is a measurement: a small trie is computed both ways, the model's attention being set to
+    :data:`~.attention.IMPLEMENTATION`. Layers that need more than positions and
     windows (recurrent states, biases by distance, attention sinks) cannot pass it unnoticed.
     """
     config = model.config.get_text_config(decoder=True)

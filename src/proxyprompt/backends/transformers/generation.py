@@ -171,7 +171,8 @@ def grow(
     active = list(range(len(batch)))
     while True:
         keep = [
-            place for place, text in enumerate(active)
+            place
+            for place, text in enumerate(active)
             if not batch[text].add(int(last[place]), ends, tokenizer)
         ]
         if not keep:

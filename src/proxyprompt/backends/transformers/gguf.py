@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..._require import require
-from ...errors import BackendError
+from proxyprompt._require import require
+from proxyprompt.errors import BackendError
 
 __all__ = ["GgufFile", "GgufTensor", "parse_gguf"]
 

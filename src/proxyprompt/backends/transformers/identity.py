@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._require import require
-from ...errors import BackendError, InputError
+from proxyprompt._require import require
+from proxyprompt.errors import BackendError, InputError
 
 __all__ = ["ModelFiles", "context_limit", "hash_folder", "read_config", "resolve", "stored_dtype"]
 
@@ -105,13 +104,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise BackendError(
-            f"model: config.json in {folder.name!r} is not valid JSON ({error}).", hint="Save the model again."
+            f"model: config.json in {folder.name!r} is not valid JSON ({error}).",
+            hint="Save the model again.",
         ) from error
     names = config.get("architectures") or []
     causal = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
     if config.get("is_encoder_decoder") or (names and not any(name.endswith(causal) for name in names)):
         raise BackendError(
-            f"model: {folder.name!r} is a {', '.join(names) or 'encoder-decoder'}, not a causal language model.",
+            f"model: {folder.name!r} ({', '.join(names) or 'encoder-decoder'}) is no causal language model.",
             hint="Take a decoder-only model, for example a Llama, Qwen, Gemma, Mistral or GPT-2.",
         )
     if not any(folder.glob("*.safetensors")):
@@ -150,8 +150,8 @@ def hash_folder(folder: Path) -> str:
     -----
     Hashed are: the configuration, generation and tokenizer files and the weight index in full; of each
     ``*.safetensors`` file its name, its size, its header, and of every tensor the first and the middle 128
-    bytes. Weights are not read in full, so that a start costs milliseconds: fine-tuning changes whole tensors,
-    and a change of single values elsewhere in a tensor would go unseen.
+    bytes. Weights are not read in full, so that a start costs milliseconds: fine-tuning changes whole
+    tensors, but a change of single values elsewhere in a tensor goes unseen.
     """
     digest = hashlib.sha256()
     for name in _DESCRIBING:
@@ -185,8 +185,3 @@ def _hash_weights(file: Path, digest: Any) -> None:
             f"model: {file.name} in {file.parent.name!r} is not a readable safetensors file ({error}).",
             hint="The file may be cut off; copy or save the model again.",
         ) from error
-
-
-def offline() -> bool:
-    """Whether the user forbids the network to the hub's libraries."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..._require import require
-from ...errors import BackendError, InputError
-from .attention import IMPLEMENTATION, register
+from proxyprompt._require import require
+from proxyprompt.errors import BackendError, InputError
+
 from .threads import import_torch
 
 __all__ = ["Device", "Dtype", "load_model", "pick_device"]
@@ -45,7 +45,6 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
     """
     torch = import_torch()
     auto = require("transformers", "transformers").AutoModelForCausalLM
-    register()
     try:
         with _no_progress_bars():
             model, info = auto.from_pretrained(
@@ -68,10 +67,7 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
             f"model: the files of {folder.name!r} lack {len(missing)} weights, the first {missing[0]!r}.",
             hint="transformers would fill them with random numbers; save the model again.",
         )
-    model = model.eval().requires_grad_(False).to(device)
-    if getattr(model, "_supports_attention_backend", False):
-        model.set_attn_implementation(IMPLEMENTATION)
-    return model
+    return model.eval().requires_grad_(False).to(device)
 
 
 @contextmanager

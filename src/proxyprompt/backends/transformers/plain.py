@@ -10,11 +10,49 @@ from typing import Any
 
 import numpy as np
 
-from .engine import Block, Limits, read_rows
+from .attention import IMPLEMENTATION, register
+from .engine import Block, Limits, TrieEngine, check_engine, read_rows
+from .generation import Growing, end_tokens
 from .threads import import_torch
+from .tokens import TextTokenizer
 from .trie import IntArray, Trie
 
-__all__ = ["PlainEngine"]
+__all__ = ["PlainEngine", "choose_engine", "grow_plainly"]
+
+
+def choose_engine(model: Any) -> TrieEngine | PlainEngine:
+    """The trie engine if the model passes its check, otherwise the plain one; sets the model's attention."""
+    register()
+    original = model.config._attn_implementation
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(IMPLEMENTATION)
+    if not check_engine(model):
+        return TrieEngine(model)
+    model.set_attn_implementation(original)
+    return PlainEngine(model)
+
+
+def grow_plainly(
+    model: Any,
+    tokenizer: TextTokenizer,
+    text: Growing,
+    context: Callable[[], Any],
+    on_tokens: Callable[[int], None],
+) -> None:
+    """Continue one text greedily, in place, with transformers' own cache."""
+    torch = import_torch()
+    ends = end_tokens(model)
+    ids, cache = text.prompt, None
+    while True:
+        with context(), torch.inference_mode():
+            tokens = torch.as_tensor(ids, device=model.device).view(1, -1)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        on_tokens(int(ids.size))
+        cache = output.past_key_values
+        token = int(output.logits[0, -1].argmax())
+        if text.add(token, ends, tokenizer):
+            return
+        ids = np.array([token])
 
 
 class PlainEngine:
@@ -45,9 +83,7 @@ class PlainEngine:
             with context(), torch.inference_mode():
                 ids = torch.as_tensor(at_depth[:size], device=self._model.device).view(1, size)
                 logits = self._model(input_ids=ids, use_cache=False).logits[0]
-                values = read_rows(
-                    torch, logits, trie.depths[trie.read_node[reads]], trie.read_target[reads]
-                )
+                values = read_rows(torch, logits, trie.depths[trie.read_node[reads]], trie.read_target[reads])
             del logits
             self.tokens_computed += size
             yield Block(size, reads, values, finished)

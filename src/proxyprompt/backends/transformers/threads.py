@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..._require import require
+from proxyprompt._require import require
 
 __all__ = ["choose_threads", "import_torch", "use_threads"]
 

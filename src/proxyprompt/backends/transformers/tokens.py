@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..._require import require
-from ...errors import BackendError, InputError
-from ..base import Message, Rendered, ScoreRequest
+from proxyprompt._require import require
+from proxyprompt.backends.base import Message, Rendered, ScoreRequest
+from proxyprompt.errors import BackendError, InputError
+
 from .trie import IntArray, Trie, build_trie
 
 __all__ = ["EncodedRequest", "TextTokenizer", "batch_trie", "encode_requests"]
@@ -210,9 +211,7 @@ def _check_candidates(request: ScoreRequest, index: int) -> None:
     if not request.candidates:
         raise InputError(f"{where} is empty; at least one is needed.", hint="Give the labels to score.")
     if len(set(request.candidates)) != len(request.candidates):
-        raise InputError(
-            f"{where}: {request.candidates!r} has duplicates.", hint="Give each candidate once."
-        )
+        raise InputError(f"{where}: {request.candidates!r} has duplicates.", hint="Give each candidate once.")
 
 
 def _split(

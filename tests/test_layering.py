@@ -1,0 +1,57 @@
+"""Imports point down. The order is that of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "proxyprompt"
+LEVEL = {
+    "_version": 0, "errors": 0, "_require": 1,
+    "coalitions": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4, "sequential": 5, "testing": 4,
+    "backends": 5, "prompt": 6, "embedding": 6, "task": 7, "data": 8,
+    "_ledger_file": 8, "_request_keys": 8, "ledger": 9, "metering": 10, "value_function": 11,
+    "screening": 12, "optimize": 13, "settings": 13, "models": 14, "config": 15,
+    "pipeline": 16, "artifact": 17, "summary": 18, "report": 5, "outputs": 19, "demo": 20, "cli": 21,
+}  # fmt: skip
+ARRAYS_ONLY = ("coalitions", "attribution", "fidelity", "sequential", "_noninferiority", "_trinomial", "testing")
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.name != "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms that a module imports, at any depth of the code; string annotations and TYPE_CHECKING count too."""
+    found = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            names = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {names[0]} if names else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("proxyprompt."):
+            found.add(node.module.split(".")[1])
+    return found - {room(path)}
+
+
+# The prompt's from_dict reads rows with the reader of data.py, and tasks score with the encoder; both inside functions.
+ALLOWED = {("prompt", "data")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    assert room(path) in LEVEL, f"{path.name} has no place in the architecture"
+    up = {r for r in imports(path) if LEVEL[r] >= LEVEL[room(path)] and (room(path), r) not in ALLOWED}
+    assert not up, f"{path.relative_to(ROOT)} imports {sorted(up)} from its own level or above"
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if room(p) in ARRAYS_ONLY], ids=lambda p: p.name)
+def test_estimators_see_arrays_only(path: Path) -> None:
+    assert not imports(path) & {"backends", "prompt", "task", "data", "ledger", "value_function", "config"}

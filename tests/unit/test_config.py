@@ -1,0 +1,144 @@
+"""Configurations: every mistake is named before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxyprompt.config import RunConfig, load_config
+from proxyprompt.errors import ConfigError, DataError, ModelSpecError, ProxyPromptError
+from proxyprompt.task import LabelTask, TextTask
+
+GOOD = """
+title = "t"
+[prompt]
+demonstration_template = "M: {input}\\nT: {output}"
+demonstrations = "demos.jsonl"
+[queries]
+file = "queries.jsonl"
+[task]
+labels = ["a", "b"]
+[target]
+model = "embedded:gemma-3-270m"
+[[proxies]]
+model = "embedded:smollm2-135m"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    demos = [{"id": f"d{i}", "input": f"demo {i}", "label": "ab"[i % 2]} for i in range(6)]
+    queries = [{"id": f"q{i}", "input": f"query {i}", "label": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, demos)))
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    return tmp_path
+
+
+def load(folder: Path, text: str = GOOD) -> RunConfig:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def edit(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+def test_a_good_config_names_everything_and_loads_nothing(folder: Path) -> None:
+    config = load(folder)
+    assert config.prompt.n_units == 6
+    assert {k: len(v) for k, v in config.splits.items()} == {"explain": 10, "select": 10, "sealed": 20}
+    assert config.target.name == "embedded:gemma-3-270m"
+    assert [p.name for p in config.proxies] == ["embedded:smollm2-135m"]
+    assert config.task == LabelTask(("a", "b"))
+    assert config.output == folder / "proxyprompt-out"
+
+
+def test_reading_a_config_imports_no_model_library(folder: Path) -> None:
+    (folder / "c.toml").write_text(GOOD)
+    code = (
+        "import sys; from proxyprompt.config import load_config; load_config(sys.argv[1]);"
+        "bad = {'torch', 'transformers', 'openai', 'jinja2'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder / "c.toml")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("title = ", ConfigError, "malformed TOML"),
+        (GOOD + "\n[sceening]\n", ConfigError, "unknown key 'sceening'"),
+        (edit("[task]", "[task]\nlabls = 1"), ConfigError, "unknown keys"),
+        (edit('labels = ["a", "b"]', 'labels = ["a"]'), ConfigError, "at least two"),
+        (edit('labels = ["a", "b"]', 'labels = ["a", "c"]'), DataError, "the label 'b' is not allowed"),
+        (edit("embedded:gemma-3-270m", "embedded:gemma-9"), ModelSpecError, "gemma-9"),
+        (edit("embedded:gemma-3-270m", "gpt-4"), ModelSpecError, "not understood"),
+        (edit("embedded:gemma-3-270m", "hf:./nowhere"), ModelSpecError, "no such folder"),
+        (edit("embedded:gemma-3-270m", "replay:none.jsonl"), ModelSpecError, "no such file"),
+        (edit("demos.jsonl", "nope.jsonl"), DataError, "no such file"),
+        (edit("{output}", "{outputs}"), ProxyPromptError, "exactly one"),
+        (edit("{input}", "{title}"), DataError, "needs a field 'title'"),
+        (edit("[queries]", "[queries]\nsizes = {explain = 30, select = 30, sealed = 30}"), DataError, "asks for 90"),
+        (edit("[queries]", "[queries]\nsizes = {test = 3}"), ConfigError, "sizes"),
+        (edit('file = "queries.jsonl"', ""), ConfigError, "either file"),
+        (edit('title = "t"', "tau = 1.5"), ConfigError, "tau: got 1.5"),
+        (edit('title = "t"', "confidence = 1.0"), ConfigError, "confidence"),
+        (edit('title = "t"', "seed = -1"), ConfigError, "seed"),
+        (GOOD + "\n[compress]\nkeep = ['zz']", ConfigError, "'zz'"),
+        (GOOD + "\n[report]\ntext = 'some'", ConfigError, "report.text"),
+        (GOOD + '\n[[proxies]]\nmodel = "embedded:smollm2-135m"', ConfigError, "twice"),
+        (edit('[target]\nmodel = "embedded:gemma-3-270m"', "[target]"), ConfigError, "target: no model"),
+        (edit('model = "embedded:gemma-3-270m"', 'model = "embedded:gemma-3-270m"\ncolour = 1'), ModelSpecError, "colour"),
+        (edit("[task]", "[task]\nkind = 'rank'"), ConfigError, "task.kind"),
+        (edit("[prompt]", "[prompt]\nstyle = 'xml'"), ProxyPromptError, "style"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, text: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        load(folder, text)
+
+
+def test_a_missing_key_for_a_remote_model_is_said_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ModelSpecError, match="OPENAI_API_KEY is not set"):
+        load(folder, edit("embedded:gemma-3-270m", "openai:some-model"))
+
+
+def test_duplicate_ids_and_overlapping_splits(folder: Path) -> None:
+    row = json.dumps({"id": "q0", "input": "query 0", "label": "a"})
+    (folder / "one.jsonl").write_text(row)
+    text = edit('file = "queries.jsonl"', 'explain = "one.jsonl"\nselect = "queries.jsonl"\nsealed = "queries.jsonl"')
+    with pytest.raises(DataError, match="splits must not overlap"):
+        load(folder, text)
+    (folder / "queries.jsonl").write_text(row + "\n" + row)
+    with pytest.raises(DataError, match="used at"):
+        load(folder)
+
+
+def test_labels_come_from_the_rows_when_none_are_named(folder: Path) -> None:
+    no_labels = edit('labels = ["a", "b"]', "")
+    assert load(folder, no_labels).task == LabelTask(("a", "b"))
+    rows = [{"id": f"x{i}", "input": f"x {i}", "label": "p", "choices": ["p", f"r{i}"]} for i in range(40)]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "demos.jsonl").write_text("\n".join(json.dumps({**r, "id": f"d{r['id']}", "input": "d" + r["input"]}) for r in rows[:4]))
+    assert load(folder, no_labels).task == LabelTask(None)
+
+
+def test_text_tasks(folder: Path) -> None:
+    text = edit('labels = ["a", "b"]', 'kind = "text"\nmetric = "token_f1"\nmax_tokens = 5')
+    task = load(folder, text).task
+    assert isinstance(task, TextTask)
+    assert task.metric == "token_f1"
+
+
+def test_queries_that_repeat_a_demonstration_are_noted(folder: Path) -> None:
+    rows = [{"id": f"q{i}", "input": f"demo {i}", "label": "a"} for i in range(3)]
+    more = [{"id": f"r{i}", "input": f"r {i}", "label": "a"} for i in range(9)]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows + more)))
+    assert "3 queries have the text of a demonstration" in load(folder).notes[0]

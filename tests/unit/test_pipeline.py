@@ -1,0 +1,236 @@
+"""The whole path on a scripted target whose reasons are known: what is decided, resumed, refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proxyprompt.artifact import Artifact
+from proxyprompt.backends.base import ScoreRequest
+from proxyprompt.backends.scripted import ScriptedBackend
+from proxyprompt.data import Splits
+from proxyprompt.errors import BackendError, BudgetExceededError, DataError
+from proxyprompt.pipeline import Result, optimize_prompt
+from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
+from proxyprompt.report import render_html, render_markdown
+from proxyprompt.settings import Settings
+from proxyprompt.summary import build_artifact
+from proxyprompt.task import LabelTask
+
+LABELS = ("left", "right", "up")
+HARMFUL = (3, 8)
+USEFUL = (0, 1, 5)
+N = 10
+
+
+def prompt(n: int = N) -> FewShotPrompt:
+    return FewShotPrompt(
+        tuple(Demonstration(f"d{i}", {"input": f"demo {i};"}, LABELS[i % 3]) for i in range(n)),
+        "Pick.",
+        "Q {input}\nA: {output}",
+    )
+
+
+def splits(explain: int = 60, select: int = 60, sealed: int = 150) -> Splits:
+    sizes = {"explain": explain, "select": select, "sealed": sealed}
+    return Splits(
+        {
+            name: [Query(f"{name}{i}", {"input": f"{name} {i}"}, LABELS[i % 3]) for i in range(n)]
+            for name, n in sizes.items()
+        }
+    )
+
+
+def draws(text: str, scale: float) -> np.ndarray:
+    """Three normal numbers that depend on the text alone."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return np.random.default_rng(seed).normal(0, scale, 3)
+
+
+class Model:
+    """A model that is helped by some demonstrations and hurt by others; queries differ, models differ a little."""
+
+    def __init__(self, name: str, *, sign: float = 1.0, effect: float = 1.0, fail_after: int | None = None) -> None:
+        self.sign, self.effect, self.fail_after = sign, effect, fail_after
+        self.asked = 0
+        self.backend = ScriptedBackend(score=self.score, name=name, block_size=50)
+
+    def score(self, request: ScoreRequest) -> list[float]:
+        self.asked += 1
+        if self.fail_after is not None and self.asked > self.fail_after:
+            raise KeyboardInterrupt
+        text = str(request.prompt)
+        head, query = text.rsplit("\n\n", 1) if "\n\n" in text else ("", text)
+        margin = 0.3
+        for i in range(N):
+            if f"demo {i};" in head:
+                margin += self.sign * self.effect * (-0.9 if i in HARMFUL else 0.5 if i in USEFUL else 0.02)
+        noise = draws(query, 1.0) + draws(f"{self.backend.name}{query}", 0.2)
+        truth = int(query.split()[2].split("\n")[0]) % 3
+        x = noise + margin * (np.arange(3) == truth)
+        return [float(v) for v in x - math.log(np.exp(x).sum())]
+
+
+def run(folder: Path, target: Model, *proxies: Model, settings: Settings | None = None, **more: object) -> Result:
+    return optimize_prompt(
+        prompt(),
+        LabelTask(LABELS),
+        more.pop("splits", splits()),  # type: ignore[arg-type]
+        target=target.backend,
+        proxies=[p.backend for p in proxies],
+        settings=settings or Settings(fit_coalitions=64, proxy_coalitions=96),
+        ledger=folder / "ledger.db",
+    )
+
+
+def ids(indices: tuple[int, ...]) -> set[str]:
+    return {f"d{i}" for i in indices}
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    settings = Settings(tau=0.98, fit_coalitions=64, proxy_coalitions=96)
+    return run(tmp_path_factory.mktemp("a"), Model("target"), Model("proxy"), settings=settings)
+
+
+def test_an_accepted_proxy_explains_and_the_target_confirms_and_certifies(accepted: Result) -> None:
+    assert accepted.screening is not None
+    assert accepted.screening.accepted == ("proxy",)
+    assert accepted.explanation.role == "proxy"
+    assert accepted.certificate.decision == "certified"
+    removed = {d.id for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep}
+    assert ids(HARMFUL) <= removed
+    assert not ids(USEFUL) & removed
+    assert accepted.certificate.shipped is not None
+    assert accepted.certificate.shipped.performance > accepted.certificate.full.performance
+
+
+def test_the_artifact_and_the_reports_say_so(accepted: Result, tmp_path: Path) -> None:
+    artifact = build_artifact(accepted, created="2026-01-01T00:00:00+00:00")
+    artifact.save(tmp_path / "artifact.json")
+    back = Artifact.load(tmp_path / "artifact.json")
+    assert back.certified
+    assert back.prompt == accepted.prompt
+    verdicts = {d["id"]: d["verdict"] for d in back.summary["demonstrations"]}
+    assert {verdicts[i] for i in ids(HARMFUL)} == {"harmful"}
+    assert {verdicts[i] for i in ids(USEFUL)} == {"useful"}
+    assert all(d["source"] == "estimated" for d in back.summary["demonstrations"])
+    page = render_html(back.summary)
+    assert back.summary["verdict"]["headline"] in page
+    assert "d3" in render_markdown(back.summary)
+
+
+def test_reports_show_no_more_text_than_asked(accepted: Result) -> None:
+    kept = next(d for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if keep)
+    gone = next(d for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep)
+    for mode, shows_kept, shows_gone in (("all", True, True), ("removed", False, True), ("none", False, False)):
+        page = render_html(build_artifact(accepted, report_text=mode).summary)  # type: ignore[arg-type]
+        assert (kept.inputs["input"] in page) == shows_kept
+        assert (gone.inputs["input"] in page) == shows_gone
+
+
+def test_a_refused_proxy_leads_to_the_target_and_its_calls_are_used_again(tmp_path: Path) -> None:
+    target, proxy = Model("target"), Model("contrary", sign=-1.0)
+    result = run(tmp_path, target, proxy)
+    assert result.screening is not None
+    assert result.screening.accepted == ()
+    assert result.explanation.role == "target"
+    assert "no proxy" in result.explanation.why
+    bought = next(r for r in result.spent if r["stage"] == "attribute" and r["role"] == "target")
+    # 64 coalitions x 30 queries would be 1,920; screening has bought some of them.
+    assert bought["reused_now"] > 0
+    assert ids(HARMFUL) <= {d.id for d, k in zip(result.original.demonstrations, result.kept, strict=True) if not k}
+
+
+def test_without_proxies_the_target_explains_itself(tmp_path: Path) -> None:
+    result = run(tmp_path, Model("target"))
+    assert result.screening is None
+    assert result.explanation.role == "target"
+    assert build_artifact(result).summary["screening"] is None
+
+
+def test_a_second_run_buys_nothing_and_says_the_same(tmp_path: Path) -> None:
+    first = run(tmp_path, Model("target"), Model("proxy"))
+    target, proxy = Model("target"), Model("proxy")
+    second = run(tmp_path, target, proxy)
+    assert (target.asked, proxy.asked) == (0, 0)
+    one, two = (build_artifact(r, created="x").body for r in (first, second))
+    for body in (one, two):
+        for stage in body["summary"]["cost"]["stages"]:
+            for key in ("calls_bought", "calls_reused", "tokens_bought", "tokens_reused"):
+                stage.pop(key)
+        for row in body["spent"]:
+            for key in ("bought_now", "reused_now", "tokens_now"):
+                row.pop(key)
+    assert json.dumps(one) == json.dumps(two)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = Model("target")
+    run(tmp_path / "whole", whole, Model("proxy"))
+    first = Model("target", fail_after=1500)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", first, Model("proxy"))
+    second = Model("target")
+    run(tmp_path / "cut", second, Model("proxy"))
+    # At most the block in flight is asked again.
+    assert whole.asked <= 1500 + second.asked <= whole.asked + 50
+
+
+def test_budgets_stop_before_sending(tmp_path: Path) -> None:
+    target = Model("target")
+    with pytest.raises(BudgetExceededError, match="500"):
+        run(tmp_path, target, Model("proxy"), settings=Settings(target_calls=500))
+    assert target.asked <= 500
+
+
+def test_a_target_that_ignores_demonstrations_ends_with_none(tmp_path: Path) -> None:
+    result = run(tmp_path, Model("target", effect=0.0), Model("proxy", effect=0.0))
+    assert result.prompt.n_units == 0
+    assert result.certificate.decision == "certified"
+    assert result.cleaning.flagged == ()
+
+
+def test_labels_are_checked_before_anything_is_asked(tmp_path: Path) -> None:
+    target = Model("target")
+    bad = Splits({**splits(), "select": [Query("x", {"input": "select 1"}, "down")]})
+    with pytest.raises(DataError, match="'down' is not allowed"):
+        run(tmp_path, target, splits=bad)
+    assert target.asked == 0
+
+
+def test_a_failing_target_is_an_error_not_a_result(tmp_path: Path) -> None:
+    def broken(request: ScoreRequest) -> list[float]:
+        raise BackendError("no such model")
+
+    with pytest.raises(Exception, match="missing|no such model"):
+        optimize_prompt(
+            prompt(),
+            LabelTask(LABELS),
+            splits(),
+            target=ScriptedBackend(score=broken, name="broken"),
+            ledger=tmp_path / "ledger.db",
+        )
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_prompts(tmp_path: Path, n: int) -> None:
+    result = optimize_prompt(
+        prompt(n), LabelTask(LABELS), splits(), target=Model("target").backend, proxies=[Model("proxy").backend],
+        ledger=tmp_path / "ledger.db",
+    )  # fmt: skip
+    assert result.explanation.attribution.exact
+    build_artifact(result)
+
+
+def test_all_identical_demonstrations(tmp_path: Path) -> None:
+    same = FewShotPrompt(tuple(Demonstration(f"s{i}", {"input": "demo 0;"}, "left") for i in range(6)), "", "Q {input}\nA: {output}")
+    target = Model("target")
+    result = optimize_prompt(same, LabelTask(LABELS), splits(), target=target.backend, ledger=tmp_path / "ledger.db")
+    assert result.prompt.n_units <= 2
+    assert result.certificate.decision == "certified"

@@ -1,0 +1,152 @@
+"""Screening: decisions, shared buffer, rejection sampling, refusals. Planted models, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from proxyprompt.attribution import KernelSHAP
+from proxyprompt.coalitions import uniform_coalitions
+from proxyprompt.errors import InputError
+from proxyprompt.prompt import Query
+from proxyprompt.screening import screen
+from proxyprompt.value_function import Values
+
+N = 6
+QUERIES = [Query(f"q{i}", {"input": str(i)}, "a") for i in range(60)]
+
+
+class Planted:
+    """A two-label model, linear in the coalition with per-query noise; counts what it is asked."""
+
+    def __init__(self, weights: Sequence[float], *, seed: int, noise: float = 0.3, disagree: frozenset[str] = frozenset()) -> None:
+        self.weights = np.array(weights)
+        self.seed, self.noise, self.disagree = seed, noise, disagree
+        self.asked: list[tuple[str, bytes]] = []
+
+    def __call__(self, queries: Sequence[Query], rows: NDArray[np.bool_]) -> Values:
+        margin = np.empty((len(rows), len(queries)))
+        for j, query in enumerate(queries):
+            rng = np.random.default_rng([self.seed, int(query.inputs["input"])])
+            w = self.weights + self.noise * rng.normal(size=N)
+            margin[:, j] = (rows - 0.5) @ w
+            margin[rows.all(axis=1), j] = -5.0 if query.id in self.disagree else 5.0
+            self.asked += [(query.id, row.tobytes()) for row in rows]
+        p = 1 / (1 + np.exp(-margin))
+        probabilities = np.stack([1 - p, p], axis=2)
+        return Values(
+            coalitions=rows,
+            utility=np.log(p),
+            performance=(p > 0.5).astype(float),
+            predictions=(p > 0.5).astype(np.int64),
+            probabilities=probabilities,
+            prompt_tokens=np.ones(p.shape, dtype=np.int64),
+            scale="log-probability",
+        )
+
+
+def go(target: Planted, proxies: dict[str, Planted], **options: object):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(5)
+    explainer = KernelSHAP()
+    design = explainer.design(N, 32, rng=rng)
+    judges = uniform_coalitions(N, 16, rng=rng, exclude=design.coalitions)
+    return screen(
+        target,
+        proxies,
+        QUERIES,
+        explainer=explainer,
+        design=design,
+        judge_coalitions=judges,
+        rng=np.random.default_rng(1),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+GOOD = [2.0, -2.0, 1.5, -1.5, 1.0, -1.0]
+
+
+def test_a_proxy_with_the_same_reasons_is_accepted_and_an_inverted_one_rejected() -> None:
+    target = Planted(GOOD, seed=1)
+    result = go(target, {"same": Planted(GOOD, seed=2), "inverted": Planted([-w for w in GOOD], seed=3)})
+    same, inverted = result.proxies
+    assert same.decision == "accepted"
+    assert inverted.decision == "rejected"
+    assert result.accepted == ("same",)
+    assert same.rank_correlation is not None and same.rank_correlation > 0.9
+    assert inverted.rank_correlation is not None and inverted.rank_correlation < -0.9
+    assert np.mean(same.q_oracle) > 0.8
+
+
+def test_no_target_call_is_made_twice_for_several_proxies() -> None:
+    target = Planted(GOOD, seed=1)
+    go(target, {f"p{k}": Planted(GOOD, seed=2 + k) for k in range(3)})
+    # The full prompt is asked once to compare predictions and once inside the design; the ledger answers the second.
+    full = np.ones(N, dtype=bool).tobytes()
+    without_full = [a for a in target.asked if a[1] != full]
+    assert len(without_full) == len(set(without_full))
+
+
+def test_queries_on_which_the_models_disagree_are_rejected_and_not_bought() -> None:
+    disagree = frozenset(f"q{i}" for i in range(0, 60, 2))
+    target = Planted(GOOD, seed=1)
+    result = go(target, {"p": Planted(GOOD, seed=2, disagree=disagree)})
+    (proxy,) = result.proxies
+    assert not set(proxy.query_ids) & disagree
+    assert not set(result.queries_bought) & disagree
+    assert 0.3 < proxy.agreement_rate < 0.7
+
+
+def test_it_stops_buying_once_everything_is_decided() -> None:
+    target = Planted(GOOD, seed=1)
+    result = go(target, {"p": Planted([-w for w in GOOD], seed=2)}, block=5)
+    assert len(result.queries_bought) < len(QUERIES)
+
+
+def test_undecided_is_not_accepted() -> None:
+    result = go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}, tau=0.97, max_pairs=60, delta=0.3)
+    (proxy,) = result.proxies
+    assert proxy.decision != "accepted"
+    assert result.accepted == ()
+
+
+def test_paper_method_is_algorithm_1_and_carries_its_warning() -> None:
+    result = go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}, method="paper", delta=0.01, max_pairs=50)
+    (proxy,) = result.proxies
+    assert proxy.rule.method == "paired_t"
+    assert "12 %" in proxy.rule.note
+    assert proxy.other_rule is not None
+    assert proxy.other_rule.method == "betting"
+
+
+def test_delta_is_shared_among_candidates() -> None:
+    one = go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)})
+    two = go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2), "r": Planted(GOOD, seed=3)})
+    assert one.proxies[0].rule.settings["delta"] == pytest.approx(0.05)
+    assert two.proxies[0].rule.settings["delta"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 0.9, "delta": 0.01, "max_pairs": 30}, "not even a perfect proxy"),
+        ({"method": "t"}, "method"),
+        ({"tau": 0.0}, "tau"),
+        ({"delta": 1.0}, "delta"),
+        ({"block": 0}, "block"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_asked(options: dict[str, object], message: str) -> None:
+    target = Planted(GOOD, seed=1)
+    with pytest.raises(InputError, match=message):
+        go(target, {"p": Planted(GOOD, seed=2)}, **options)
+    assert target.asked == []
+
+
+def test_no_proxy_is_an_error() -> None:
+    with pytest.raises(InputError, match="proxies: none"):
+        go(Planted(GOOD, seed=1), {})
+
+
