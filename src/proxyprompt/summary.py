@@ -255,12 +255,13 @@ def _certificate(c: Certificate) -> dict[str, Any] | None:
     shown = c.shipped or c.tests[0]
     return {
         "decision": c.decision,
-        "level": c.level,
+        "level": round(1 - c.level, 12),
         "tau": c.tau,
         "margin": None,
         "n": c.n,
         "difference": shown.difference,
         "lower_bound": shown.lower_bound,
+        "retained_lower_bound": shown.retained_lower_bound,
         "evidence": {"name": shown.evidence_name, "value": shown.evidence},
         "n_discordant": shown.n_discordant,
         "sequence": [
@@ -269,6 +270,7 @@ def _certificate(c: Certificate) -> dict[str, Any] | None:
                 "performance": t.performance,
                 "difference": t.difference,
                 "lower_bound": t.lower_bound,
+                "retained_lower_bound": t.retained_lower_bound,
                 "passed": t.passed,
                 "tested": t.tested,
             }
@@ -299,6 +301,7 @@ def _curve(result: Result) -> dict[str, Any]:
     return {
         "split": "select",
         "tau_line": path.tau * path.reference,
+        "line_text": f"{path.tau:.2f} \u00d7 {'cleaned' if path.reference > path.full.performance else 'full'} prompt",
         "points": [*reversed(points), point(path.full, full=True)],
     }
 

@@ -222,6 +222,10 @@ def _label_values(
         if result.error is not None or not known:
             missing.append((i, j, result.error or "no log-probability of any label"))
             continue
+        if len(known) == n_labels[j] and result.censored and all(result.censored):
+            # Upper bounds alone name no winner: the model began with something that is no label.
+            missing.append((i, j, "no label among the listed log-probabilities"))
+            continue
         predictions[i, j] = max(known, key=lambda pair: (pair[0], -pair[1]))[1]
         label_only = label_only or len(known) < n_labels[j]
         for value, c in known:

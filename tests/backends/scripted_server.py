@@ -68,6 +68,8 @@ def scripted_server() -> Iterator[Scripted]:
         script.url = f"http://127.0.0.1:{http.server_port}/v1"
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield script
-        http.shutdown()
-        thread.join()
+        try:
+            yield script
+        finally:
+            http.shutdown()
+            thread.join()

@@ -131,6 +131,7 @@ def test_compression_does_not_spend_what_cleaning_gained() -> None:
     path = nested_path(np.linspace(1, 0.1, 10), start)
     result = compress(path, planted(truth, 2000, 3), tau=0.95, n_sealed=100, max_evaluations=11)
     assert result.reference == pytest.approx(0.76, abs=0.03)
+    assert result.full.performance == pytest.approx(0.60, abs=0.03)
     assert result.chosen.n_kept >= 6
 
 

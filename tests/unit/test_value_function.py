@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from proxyprompt.backends.base import ScoreRequest
+from proxyprompt.backends.base import ScoreRequest, ScoreResult
 from proxyprompt.backends.scripted import ScriptedBackend
 from proxyprompt.errors import BackendError, InconclusiveError, InputError
 from proxyprompt.metering import Meter
@@ -96,3 +96,13 @@ def test_wrong_matrices_are_refused() -> None:
         function(ScriptedBackend(score=count_kept)).evaluate(np.ones((2, 4), dtype=bool))
     with pytest.raises(InputError, match="boolean matrix"):
         function(ScriptedBackend(score=count_kept)).evaluate(np.ones((2, 3)))
+
+
+def test_upper_bounds_alone_name_no_winner() -> None:
+    class Censoring(ScriptedBackend):
+        def score(self, requests, **options):  # type: ignore[no-untyped-def]
+            yield [(i, ScoreResult((-9.0, -9.0), (True, True))) for i in range(len(requests))]
+
+    values = function(Censoring(score=count_kept)).evaluate(np.ones((1, 3), dtype=bool))
+    assert (values.predictions == -1).all()
+    assert "no label among" in values.missing[0][2]

@@ -51,6 +51,8 @@ class CandidateTest:
         Mean of ``candidate - tau * full``; above 0 is good enough on these queries.
     lower_bound : float
         One-sided lower confidence bound of that quantity.
+    retained, retained_lower_bound : float or None
+        Candidate's performance as a share of the full prompt's, measured and as a one-sided lower bound.
     evidence_name, evidence : str, float
         ``"p-value"`` of the exact test, or ``"e-value"`` of the bets.
     n_discordant : int
@@ -70,6 +72,8 @@ class CandidateTest:
     evidence_name: str
     evidence: float
     n_discordant: int
+    retained: float | None = None
+    retained_lower_bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,8 @@ def _tested(
         evidence_name="p-value" if test.e_value is None else "e-value",
         evidence=test.p_value if test.e_value is None else test.e_value,
         n_discordant=discordant,
+        retained=test.retained,
+        retained_lower_bound=test.retained_lower_bound,
     )
 
 

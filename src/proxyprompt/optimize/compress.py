@@ -171,7 +171,7 @@ def compress(
     values = evaluate(np.vstack([whole, path[grid]]))
     values.require_complete("measuring the path on the target")
     reference = max(values.performance[:2], key=lambda row: float(np.nanmean(row)))
-    full = _point(whole[0], reference, reference, tau, values.prompt_tokens[0])
+    full = _point(whole[0], values.performance[0], reference, tau, values.prompt_tokens[0])
     measured = {
         step: _point(path[step], values.performance[1 + k], reference, tau, values.prompt_tokens[1 + k])
         for k, step in enumerate(grid)

@@ -77,6 +77,7 @@ _CERTIFICATE = {
     "n": NUMBER,
     "difference": NUMBER,
     "lower_bound": NUMBER,
+    "retained_lower_bound": Optional(NUMBER),
     "evidence": {"name": OneOf(("e-value", "p-value")), "value": NUMBER},
     "n_discordant": NUMBER,
     "sequence": ListOf(
@@ -85,6 +86,7 @@ _CERTIFICATE = {
             "performance": NUMBER,
             "difference": NUMBER,
             "lower_bound": NUMBER,
+            "retained_lower_bound": Optional(NUMBER),
             "passed": BOOL,
             "tested": BOOL,
         }
@@ -202,7 +204,7 @@ _SUMMARY = {
     "after": _PROMPT,
     "zero_shot": Optional(_PERFORMANCE),
     "certificate": Optional(_CERTIFICATE),
-    "curve": {"split": STRING, "tau_line": NUMBER, "points": ListOf(_CURVE_POINT)},
+    "curve": {"split": STRING, "tau_line": NUMBER, "line_text": Optional(STRING), "points": ListOf(_CURVE_POINT)},
     "cleaning": Optional(_CLEANING),
     "screening": Optional(_SCREENING),
     "cost": _COST,

@@ -85,7 +85,10 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view["explained"] = _explained(view)
     view["certificate_sentences"] = _certificate(view)
     view["sequence"] = _sequence(view)
+    steps = (view["certificate"] or {"sequence": []})["sequence"]
+    retained = any(step["retained_lower_bound"] is not None for step in steps)
     view["sequence_unit"] = ", points" if performance_format(view["performance_name"]) is t.percent else ""
+    view["sequence_bound"] = "Keeps at least" if retained else f"Lower bound{view['sequence_unit']}"
     view["prompts"] = _prompts(view)
     view["proxies"] = [_proxy(p) for p in (view["screening"] or {"proxies": []})["proxies"]]
     view["money_sentences"] = _money(view["cost"])
@@ -230,11 +233,19 @@ def _certificate(view: dict[str, Any]) -> list[str]:
     return [
         opening,
         f"{verb} {level} confidence {joint} {rule}.",
-        f"The difference to that line is {_points(found['difference'], show)}, its lower bound "
-        f"{_points(found['lower_bound'], show)}; a certificate needs a bound above 0.",
+        _bound(found, show, level),
         strength,
         f"The two prompts differ in outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
     ]
+
+
+def _bound(found: Mapping[str, Any], show: Callable[[float | None], str], level: str) -> str:
+    line = f"The difference to that line is {_points(found['difference'], show)}"
+    if found["retained_lower_bound"] is not None:
+        kept = t.percent(found["retained_lower_bound"])
+        return f"{line}; what is kept is, at {level} confidence, at least {kept} of the full prompt's."
+    bound = _points(found["lower_bound"], show)
+    return f"{line}, its lower bound {bound}; a certificate needs a bound above 0."
 
 
 def _points(value: float | None, show: Callable[[float | None], str]) -> str:
@@ -255,14 +266,18 @@ def _sequence(view: dict[str, Any]) -> list[dict[str, str]]:
                 "difference": _points(step["difference"], show).removesuffix(_POINTS)
                 if step["tested"]
                 else "\u2013",
-                "lower_bound": _points(step["lower_bound"], show).removesuffix(_POINTS)
-                if step["tested"]
-                else "\u2013",
+                "lower_bound": _lower(step, show) if step["tested"] else "\u2013",
                 "outcome": outcome,
                 "tone": {"passed": "good", "failed": "warn"}.get(outcome, "calm"),
             }
         )
     return rows
+
+
+def _lower(step: Mapping[str, Any], show: Callable[[float | None], str]) -> str:
+    if step["retained_lower_bound"] is not None:
+        return t.percent(step["retained_lower_bound"])
+    return _points(step["lower_bound"], show).removesuffix(_POINTS)
 
 
 def _prompts(view: dict[str, Any]) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ def _evidence(view: dict[str, Any]) -> list[str]:
         if view["sequence"]:
             parts.append(
                 _table(
-                    ["Kept", name, f"Above the line{unit}", f"Lower bound{unit}", "Result"],
+                    ["Kept", name, f"Above the line{unit}", view["sequence_bound"], "Result"],
                     [
                         [s["n_kept"], s["performance"], s["difference"], s["lower_bound"], s["outcome"]]
                         for s in view["sequence"]
