@@ -17,7 +17,7 @@ def game(n_units, n_queries=4):
     return UnanimityGame(n_units, terms)
 
 
-@pytest.mark.parametrize(("n_units", "budget"), [(8, 32), (10, 60), (10, 200), (16, 100), (24, 240)])
+@pytest.mark.parametrize(("n_units", "budget"), [(8, 40), (10, 60), (10, 200), (16, 100), (24, 240)])
 def test_kernel_shap_coverage(n_units, budget):
     played, rng = game(n_units), np.random.default_rng(0)
     truth = played.shapley_values.mean(axis=0)
