@@ -30,7 +30,7 @@ class ScoreFidelity:
         ``1 - SSE / SST`` over judge coalitions, at most 1 and not clipped below: negative is worse than
         the judged model's own mean. NaN (missing) for dropped queries and where the judged values do
         not vary. It sees scale: a surrogate of another model may rank well and score badly.
-    midpoint_agreement : ndarray of float64, shape (n_queries,)
+    side_agreement : ndarray of float64, shape (n_queries,)
         Share of judge coalitions, in [0, 1], that surrogate and judged model put on the same side of
         their own midpoint between v(empty) and v(full): nearer the full prompt, or not. NaN (missing)
         for dropped queries and where either model has v(empty) = v(full).
@@ -45,7 +45,7 @@ class ScoreFidelity:
     """
 
     r2: FloatArray
-    midpoint_agreement: FloatArray
+    side_agreement: FloatArray
     n_judged: NDArray[np.int64]
     dropped_queries: NDArray[np.int64]
     method: str
@@ -176,7 +176,7 @@ def score_fidelity(
     >>> judge = uniform_coalitions(6, 10, rng=rng, exclude=design.coalitions)
     >>> result = score_fidelity(design, game(design.coalitions), judge, game(judge),
     ...     judged_base=[0.0], judged_full=[6.8], explainer=KernelSHAP())
-    >>> result.r2.round(6).tolist(), result.midpoint_agreement.tolist()
+    >>> result.r2.round(6).tolist(), result.side_agreement.tolist()
     ([1.0], [1.0])
     """
     judge = _held_out(design, judge_coalitions)

@@ -31,7 +31,7 @@ class Settings:
         Queries the target is asked at once while screening.
     fit_coalitions, judge_coalitions : int or None
         Coalitions on which surrogates are fitted and judged. Default for fitting: two per demonstration and
-        two ends, at least 32, all of them when that is few.
+        six more (what KernelSHAP needs to judge its own error), at least 32, all of them when that is few.
     proxy_coalitions : int or None
         Coalitions of an accepted proxy's attribution. Default: four per demonstration, at least 64.
     oracle_queries : int or None
@@ -105,7 +105,7 @@ class Settings:
 
     def n_fit(self, n_units: int) -> int:
         """Coalitions on which screening fits its surrogates."""
-        return self.fit_coalitions or min(2**min(n_units, 30), max(32, 2 * n_units + 2))
+        return self.fit_coalitions or min(2**min(n_units, 30), max(32, 2 * n_units + 6))
 
     def n_proxy(self, n_units: int) -> int:
         """Coalitions of an accepted proxy's attribution."""

@@ -143,7 +143,8 @@ def test_the_conversion_equals_transformers_own_reading_of_the_file(gguf_file, t
     for name, values in written.items():
         np.testing.assert_array_equal(values, expected[name])
     config = json.loads((tmp_path / "config.json").read_text())
-    for key in set(config) - {"architectures", "dtype"}:
+    # Transformers leaves the attention scale of a Gemma at its default, which is right for heads of 256 only.
+    for key in set(config) - {"architectures", "dtype", "query_pre_attn_scalar"}:
         assert getattr(ours.config, key) == getattr(theirs.config, key), key
     tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
     own = AutoTokenizer.from_pretrained(str(tmp_path))

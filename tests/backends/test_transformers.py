@@ -14,7 +14,7 @@ import pytest
 from proxyprompt.backends.base import GenerateRequest, Message, Planner, ScoreRequest
 from proxyprompt.backends.embedded import embedded
 from proxyprompt.backends.transformers import TransformersBackend
-from proxyprompt.backends.transformers.threads import import_torch
+from proxyprompt.backends.transformers.threads import import_torch, use_threads
 from proxyprompt.backends.transformers.tokens import TextTokenizer
 from proxyprompt.errors import BackendError, InputError
 
@@ -73,6 +73,13 @@ def write_model(folder, kind="llama", seed=3, **config):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tf.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For the reference forwards too; ours are told."""
+    with use_threads(import_torch(), 1):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -580,12 +587,7 @@ def real_demonstrations(count):
 @pytest.fixture(scope="session", params=["smollm2-135m", "gemma-3-270m"])
 def real(request):
     backend = embedded(request.param, threads=1)
-    torch = import_torch()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model, tokenizer = plain(backend._files.folder)
-    yield backend, model, tokenizer
-    torch.set_num_threads(before)
+    return backend, *plain(backend._files.folder)
 
 
 def test_real_models_score_as_in_full_forwards_beyond_the_sliding_window(real):

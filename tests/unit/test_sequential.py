@@ -64,7 +64,7 @@ def test_betting_rule_reasons():
     assert betting_rule(np.full(100, 0.2), tau=0.8).reason == "boundary"
     assert betting_rule(np.full(10, 0.2), tau=0.8).reason == "out_of_data"
     assert betting_rule([], tau=0.8).n_used == 0
-    reasons = [betting_rule(rng.normal(0.04, 0.06, 100).clip(-0.8, 0.2), tau=0.8) for _ in range(60)]
+    reasons = [betting_rule(rng.normal(mean, 0.06, 100).clip(-0.8, 0.2), tau=0.8) for mean in [0, 0.04] * 30]
     assert {r.reason for r in reasons if r.decision == "undecided"} == {"futility", "max_pairs"}
     assert all(r.n_used < 100 for r in reasons if r.reason == "futility")
 
