@@ -16,7 +16,15 @@ LEVEL = {
     "screening": 12, "optimize": 13, "settings": 13, "models": 14, "config": 15,
     "pipeline": 16, "artifact": 17, "summary": 18, "report": 5, "outputs": 19, "demo": 20, "cli": 21,
 }  # fmt: skip
-ARRAYS_ONLY = ("coalitions", "attribution", "fidelity", "sequential", "_noninferiority", "_trinomial", "testing")
+ARRAYS_ONLY = (
+    "coalitions",
+    "attribution",
+    "fidelity",
+    "sequential",
+    "_noninferiority",
+    "_trinomial",
+    "testing",
+)
 
 
 def modules() -> list[Path]:

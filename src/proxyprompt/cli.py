@@ -66,10 +66,14 @@ def main() -> None:
 
 @main.command(epilog=_EPILOG)
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Output folder; overrides the config.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Output folder; overrides the config."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("--strict", is_flag=True, help="Exit with 5 when no smaller prompt is certified.")
-@click.option("--check", "check_only", is_flag=True, help="Check the configuration and its data; load and send nothing.")
+@click.option(
+    "--check", "check_only", is_flag=True, help="Check the configuration and its data; load and send nothing."
+)
 def run(config: Path, out: Path | None, as_json: bool, strict: bool, check_only: bool) -> None:
     """Run CONFIG (TOML): screen, attribute, clean, compress, certify; write artifact and report."""
     from .config import load_config
@@ -108,7 +112,11 @@ def demo(out: Path, as_json: bool) -> None:
 
 
 def _execute(
-    config: RunConfig, *, as_json: bool, strict: bool = False, before: Callable[[Any, Any], None] | None = None
+    config: RunConfig,
+    *,
+    as_json: bool,
+    strict: bool = False,
+    before: Callable[[Any, Any], None] | None = None,
 ) -> None:
     from .ledger import Ledger
     from .outputs import prepare_folder, write_outputs
@@ -182,7 +190,9 @@ def _interruptible(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say(f"\nStopped. Everything answered so far is in {folder / 'ledger.db'}; run the same command to go on.")
+        _say(
+            f"\nStopped. Everything answered so far is in {folder / 'ledger.db'}; run the same command to go on."
+        )
         sys.exit(130)
 
 
@@ -231,7 +241,11 @@ class _Watch:
 
     def progress(self, done: int, total: int) -> None:
         now = time.monotonic()
-        speed = f"{self._tokens:,} tokens, {self._tokens / max(now - self._start, 1e-9):,.0f}/s" if self._tokens else ""
+        speed = (
+            f"{self._tokens:,} tokens, {self._tokens / max(now - self._start, 1e-9):,.0f}/s"
+            if self._tokens
+            else ""
+        )
         if self._console.is_terminal:
             if self._bar is None or self._bars.tasks[self._bar].total != total:
                 if self._bar is not None:

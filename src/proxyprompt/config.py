@@ -46,7 +46,6 @@ from .backends.base import Backend, Generator, Scorer
 from .data import (
     SPLIT_NAMES,
     Splits,
-    load_demonstrations,
     load_queries,
     prompt_from_mapping,
     read_text,
@@ -55,7 +54,7 @@ from .data import (
 from .data import _json as parse_json
 from .errors import ConfigError, DataError, InputError
 from .models import open_model
-from .prompt import FewShotPrompt
+from .prompt import Demonstration, FewShotPrompt, Query
 from .settings import Settings
 from .task import LabelTask, Task, TextTask
 
@@ -64,7 +63,16 @@ __all__ = ["RunConfig", "load_config"]
 _SECTIONS: dict[str, frozenset[str]] = {
     "": frozenset({"title", "output", "tau", "confidence", "seed"}),
     "prompt": frozenset(
-        "file demonstrations instruction demonstration_template query_template separator style answer_style".split()
+        {
+            "file",
+            "demonstrations",
+            "instruction",
+            "demonstration_template",
+            "query_template",
+            "separator",
+            "style",
+            "answer_style",
+        }
     ),
     "queries": frozenset({"file", "sizes", *SPLIT_NAMES}),
     "task": frozenset({"kind", "labels", "metric", "max_tokens", "stop"}),
@@ -132,7 +140,11 @@ def load_config(path: str | os.PathLike[str], *, output: str | os.PathLike[str] 
 
 
 def config_from_mapping(
-    raw: Mapping[str, Any], *, folder: Path, where: str = "config", output: str | os.PathLike[str] | None = None
+    raw: Mapping[str, Any],
+    *,
+    folder: Path,
+    where: str = "config",
+    output: str | os.PathLike[str] | None = None,
 ) -> RunConfig:
     """Check a configuration that is already parsed; see :func:`load_config`."""
     _known_keys(raw, where)
@@ -148,7 +160,9 @@ def config_from_mapping(
     target = _model(raw.get("target"), "target", folder, where, task)
     proxies = raw.get("proxies", [])
     if not isinstance(proxies, list):
-        raise ConfigError(f"{where}: proxies must be tables written [[proxies]]; got {type(proxies).__name__}.")
+        raise ConfigError(
+            f"{where}: proxies must be tables written [[proxies]]; got {type(proxies).__name__}."
+        )
     text = raw.get("report", {}).get("text", "removed")
     if text not in ("all", "removed", "none"):
         raise ConfigError(f"{where}: report.text: got {text!r}; allowed: all, removed, none.")
@@ -182,7 +196,9 @@ def _known_keys(raw: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {key} must be a table; got {value!r}.")
         unknown = sorted(set(value) - _SECTIONS[key])
         if unknown:
-            raise ConfigError(f"{where}: [{key}]: unknown keys {unknown}; known: {', '.join(sorted(_SECTIONS[key]))}.")
+            raise ConfigError(
+                f"{where}: [{key}]: unknown keys {unknown}; known: {', '.join(sorted(_SECTIONS[key]))}."
+            )
 
 
 def _settings(raw: Mapping[str, Any], where: str) -> Settings:
@@ -201,7 +217,9 @@ def _settings(raw: Mapping[str, Any], where: str) -> Settings:
 
 def _prompt(section: Any, folder: Path, where: str) -> FewShotPrompt:
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{where}: no [prompt].", hint="Name demonstrations and a template, or a prompt file.")
+        raise ConfigError(
+            f"{where}: no [prompt].", hint="Name demonstrations and a template, or a prompt file."
+        )
     values: dict[str, Any] = {}
     if "file" in section:
         stored = parse_json(read_text(folder / str(section["file"])), str(folder / str(section["file"])))
@@ -212,7 +230,9 @@ def _prompt(section: Any, folder: Path, where: str) -> FewShotPrompt:
     rows = folder / str(section["demonstrations"]) if "demonstrations" in section else None
     if rows is None and isinstance(values.get("demonstrations"), str):
         rows = folder / values["demonstrations"]
-    prompt = prompt_from_mapping({k: v for k, v in values.items() if k != "demonstrations" or rows is None}, demonstrations=rows)
+    prompt = prompt_from_mapping(
+        {k: v for k, v in values.items() if k != "demonstrations" or rows is None}, demonstrations=rows
+    )
     if prompt.n_units == 0:
         raise ConfigError(f"{where}: prompt: no demonstrations; there is nothing to attribute.")
     return prompt
@@ -225,10 +245,16 @@ def _splits(section: Any, folder: Path, where: str, rng: np.random.Generator) ->
     sizes = section.get("sizes")
     if sizes is not None:
         ok = isinstance(sizes, Mapping) and set(sizes) <= set(SPLIT_NAMES)
-        if not ok or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in sizes.values()):
-            raise ConfigError(f"{where}: queries.sizes: got {sizes!r}; whole numbers for {', '.join(SPLIT_NAMES)}.")
+        if not ok or not all(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in sizes.values()
+        ):
+            raise ConfigError(
+                f"{where}: queries.sizes: got {sizes!r}; whole numbers for {', '.join(SPLIT_NAMES)}."
+            )
     if ("file" in section) == bool(named):
-        raise ConfigError(f"{where}: [queries] needs either file, or one file for each of {', '.join(SPLIT_NAMES)}.")
+        raise ConfigError(
+            f"{where}: [queries] needs either file, or one file for each of {', '.join(SPLIT_NAMES)}."
+        )
     if named:
         parts = {}
         for name in SPLIT_NAMES:
@@ -250,7 +276,9 @@ def _task(section: Mapping[str, Any], prompt: FewShotPrompt, splits: Splits, whe
         if kind == "choice":
             return LabelTask(None)
         labels = section.get("labels")
-        if labels is not None and (not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)):
+        if labels is not None and (
+            not isinstance(labels, list) or not all(isinstance(x, str) for x in labels)
+        ):
             raise ConfigError(f"{where}: task.labels must be a list of texts; got {labels!r}.")
         return LabelTask(tuple(labels) if labels is not None else _labels_of(prompt, splits))
     except InputError as error:
@@ -263,7 +291,7 @@ def _labels_of(prompt: FewShotPrompt, splits: Splits) -> tuple[str, ...] | None:
     The rows' own choices, if every row has the same; per-query choices (``None``), if they differ; else the
     labels in use, in order of first appearance.
     """
-    rows = [*prompt.demonstrations, *(q for queries in splits.values() for q in queries)]
+    rows: list[Demonstration | Query] = [*prompt.demonstrations, *(q for queries in splits.values() for q in queries)]
     offered = {tuple(sorted(row.choices)) for row in rows if row.choices is not None}
     if all(row.choices is not None for row in rows):
         return rows[0].choices if len(offered) == 1 else None
@@ -280,9 +308,10 @@ def _keep_known(settings: Settings, prompt: FewShotPrompt) -> None:
 def _model(section: Any, name: str, folder: Path, where: str, task: Task) -> Backend:
     if not isinstance(section, Mapping) or not isinstance(section.get("model"), str):
         raise ConfigError(f"{where}: {name}: no model.", hint='Write model = "embedded:gemma-3-270m".')
-    backend = open_model(section["model"], folder=folder, options={k: v for k, v in section.items() if k != "model"})
-    needed: Any = Generator if isinstance(task, TextTask) else Scorer
-    if not isinstance(backend, needed):
+    backend = open_model(
+        section["model"], folder=folder, options={k: v for k, v in section.items() if k != "model"}
+    )
+    if not isinstance(backend, Generator if isinstance(task, TextTask) else Scorer):
         raise ConfigError(f"{where}: {name}: {section['model']!r} cannot do a {task.kind} task.")
     return backend
 

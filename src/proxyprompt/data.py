@@ -33,7 +33,9 @@ __all__ = [
     "write_private",
 ]
 
-_RESERVED = frozenset({"id", "label", "output", "reference", "choices", "meta", "split", "note", "references", "inputs"})
+_RESERVED = frozenset(
+    {"id", "label", "output", "reference", "choices", "meta", "split", "note", "references", "inputs"}
+)
 _PROMPT_KEYS = frozenset(
     {
         "instruction",
@@ -77,9 +79,13 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.name.endswith(".gz") else raw).decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file.", hint="Paths in a config are relative to the config's folder.") from error
+        raise DataError(
+            f"{path}: no such file.", hint="Paths in a config are relative to the config's folder."
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).", hint="Save the file as UTF-8.") from error
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}).", hint="Save the file as UTF-8."
+        ) from error
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error.__class__.__name__}: {error}).") from error
 
@@ -145,7 +151,11 @@ class Splits(dict[str, tuple[Query, ...]]):
                 for key in (("id", query.id), ("text", content)):
                     if key in owner:
                         what = f"the id {query.id!r}" if key[0] == "id" else f"the text of query {query.id!r}"
-                        both = f"in the splits {owner[key]!r} and {name!r}" if owner[key] != name else f"twice in {name!r}"
+                        both = (
+                            f"in the splits {owner[key]!r} and {name!r}"
+                            if owner[key] != name
+                            else f"twice in {name!r}"
+                        )
                         raise DataError(
                             f"queries: {what} is {both}; splits must not overlap.",
                             hint="Remove the repetition: a query that helped to choose cannot certify.",
@@ -219,7 +229,9 @@ def prompt_from_mapping(data: Mapping[str, Any], *, demonstrations: Rows | None 
         raise DataError(f"prompt: unknown fields {unknown}; known: {', '.join(sorted(_PROMPT_KEYS))}.")
     rows = demonstrations if demonstrations is not None else data.get("demonstrations")
     if rows is None:
-        raise DataError("prompt: no demonstrations given.", hint="Name a file, or put rows under 'demonstrations'.")
+        raise DataError(
+            "prompt: no demonstrations given.", hint="Name a file, or put rows under 'demonstrations'."
+        )
     settings = {k: v for k, v in data.items() if k != "demonstrations" and v is not None}
     for key, value in settings.items():
         if not isinstance(value, str):
@@ -271,7 +283,9 @@ def _mapping(row: Any, where: str) -> Mapping[str, Any]:
 
 def _csv_row(row: Mapping[str | None, Any], where: str) -> dict[str, Any]:
     if None in row:
-        raise DataError(f"{where}: more cells than the header has columns.", hint="Quote cells that hold commas.")
+        raise DataError(
+            f"{where}: more cells than the header has columns.", hint="Quote cells that hold commas."
+        )
     out: dict[str, Any] = {str(k): v for k, v in row.items() if v not in (None, "")}
     if "choices" in out:
         out["choices"] = _json(out["choices"], f"{where} (choices)")
@@ -316,6 +330,10 @@ def _choices(row: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
     value = row.get("choices")
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not all(isinstance(c, str) for c in value) or len(set(value)) != len(value):
+    if (
+        not isinstance(value, list | tuple)
+        or not all(isinstance(c, str) for c in value)
+        or len(set(value)) != len(value)
+    ):
         raise DataError(f"{where}: choices must be a list of different texts; got {value!r}.")
     return tuple(value)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .backends.base import Backend
 from .config import RunConfig, config_from_mapping
-from .ledger import Ledger
+from .ledger import CallRole, Ledger
 from .metering import Meter
 from .pipeline import Observer
 from .prompt import FewShotPrompt
@@ -49,7 +49,11 @@ def demo_config(output: Path, *, overrides: Mapping[str, Any] | None = None) -> 
             "confidence": 0.95,
             "prompt": {
                 "demonstrations": "demonstrations.jsonl",
-                **{k: v for k, v in meta.items() if k in ("instruction", "demonstration_template", "separator")},
+                **{
+                    k: v
+                    for k, v in meta.items()
+                    if k in ("instruction", "demonstration_template", "separator")
+                },
             },
             "queries": {"file": "queries.jsonl"},
             "task": {"kind": "label", "labels": meta["labels"]},
@@ -63,14 +67,17 @@ def demo_config(output: Path, *, overrides: Mapping[str, Any] | None = None) -> 
 
 def corrected_prompt(prompt: FewShotPrompt) -> FewShotPrompt:
     """The demo's prompt with the labels that were made wrong on purpose put right."""
-    rows = (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (
+        (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     right = {}
     for row in map(json.loads, filter(None, rows)):
         note = row.get("note", "")
         if note.startswith("mislabelled (should be "):
             right[row["id"]] = note[len("mislabelled (should be ") :].rstrip(")")
     return replace(
-        prompt, demonstrations=tuple(replace(d, output=right.get(d.id, d.output)) for d in prompt.demonstrations)
+        prompt,
+        demonstrations=tuple(replace(d, output=right.get(d.id, d.output)) for d in prompt.demonstrations),
     )
 
 
@@ -79,9 +86,10 @@ def backdrop(config: RunConfig, ledger: Ledger, observer: Observer) -> tuple[Dem
     queries = [*config.splits["explain"], *config.splits["select"]]
     ends = np.array([[False], [True]]).repeat(config.prompt.n_units, axis=1)
     out = []
-    backends: list[tuple[Any, Backend]] = [("target", config.target), *(("proxy", p) for p in config.proxies)]
+    backends: list[tuple[CallRole, Backend]] = [("target", config.target)]
+    backends += [("proxy", proxy) for proxy in config.proxies]
     for role, backend in backends:
-        meter = Meter(backend, ledger, role=role, run="demo-backdrop", on_tokens=observer.tokens)  # type: ignore[arg-type]
+        meter = Meter(backend, ledger, role=role, run="demo-backdrop", on_tokens=observer.tokens)
 
         def accuracy(prompt: FewShotPrompt, rows: Any, meter: Meter = meter) -> Any:
             function = PromptValueFunction(prompt, config.task, queries, meter, "backdrop", observer.progress)

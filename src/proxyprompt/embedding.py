@@ -35,7 +35,9 @@ class SentenceEncoder:
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else _packaged_folder()
         if not (self.folder / "config.json").is_file():
-            raise BackendError(f"folder: {str(self.folder)!r} holds no config.json; a model folder is needed.")
+            raise BackendError(
+                f"folder: {str(self.folder)!r} holds no config.json; a model folder is needed."
+            )
         transformers = require("transformers", "embedding")
         self._torch = require("torch", "embedding")
         self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -54,7 +56,11 @@ class SentenceEncoder:
         rows = []
         for start in range(0, len(texts), batch_size):
             batch = self._tokenizer(
-                list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=256, return_tensors="pt"
+                list(texts[start : start + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=256,
+                return_tensors="pt",
             )
             with self._torch.inference_mode():
                 hidden = self._model(**batch).last_hidden_state

@@ -27,7 +27,9 @@ _OPTIONS: dict[str, frozenset[str]] = {
 }
 
 
-def open_model(spec: str, *, folder: str | os.PathLike[str] = ".", options: Mapping[str, Any] | None = None) -> Backend:
+def open_model(
+    spec: str, *, folder: str | os.PathLike[str] = ".", options: Mapping[str, Any] | None = None
+) -> Backend:
     """A backend for a model name, checked but not loaded.
 
     Parameters
@@ -81,7 +83,8 @@ def _hugging_face(name: str, folder: Path, options: dict[str, Any]) -> Backend:
         return TransformersBackend(str(local), name=f"hf:{name}", **options)
     if name.startswith((".", "/", "~")) or not _HUB_ID.match(name):
         raise ModelSpecError(
-            f"model 'hf:{name}': no such folder ({local}), and not a hub id.", hint="Give a folder, or owner/name."
+            f"model 'hf:{name}': no such folder ({local}), and not a hub id.",
+            hint="Give a folder, or owner/name.",
         )
     return TransformersBackend(name, name=f"hf:{name}", **options)
 

@@ -27,7 +27,8 @@ def prepare_folder(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"output: {str(folder)!r} cannot be written ({error.strerror or error}).", hint="Name another folder."
+            f"output: {str(folder)!r} cannot be written ({error.strerror or error}).",
+            hint="Name another folder.",
         ) from error
     return folder
 

@@ -25,7 +25,7 @@ from .backends.base import Backend
 from .coalitions import uniform_coalitions
 from .data import Splits
 from .errors import InputError
-from .ledger import Ledger, Limits
+from .ledger import CallRole, Ledger, Limits
 from .metering import Meter
 from .optimize.certificate import Certificate, certify
 from .optimize.clean import Cleaning, clean
@@ -149,7 +149,9 @@ class _Run:
         return np.random.default_rng([self.settings.seed, purpose])
 
     def evaluate(self, meter: Meter, queries: Sequence[Query], stage: str, rows: NDArray[np.bool_]) -> Values:
-        return PromptValueFunction(self.prompt, self.task, queries, meter, stage, self.watch.progress).evaluate(rows)
+        return PromptValueFunction(
+            self.prompt, self.task, queries, meter, stage, self.watch.progress
+        ).evaluate(rows)
 
     def on_target(self, split: str, stage: str) -> Callable[[NDArray[np.bool_]], Values]:
         return lambda rows: self.evaluate(self.target, self.splits[split], stage, rows)
@@ -323,11 +325,14 @@ def _by_proxy(run: _Run, name: str) -> Explanation | None:
     run.watch.stage("attribute", f"{name} explains: importance of every demonstration")
     full = np.ones((1, n), dtype=np.bool_)
     same = agreement(
-        run.evaluate(run.target, queries, "attribute", full), run.evaluate(run.proxies[name], queries, "attribute", full)
+        run.evaluate(run.target, queries, "attribute", full),
+        run.evaluate(run.proxies[name], queries, "attribute", full),
     )[0]
     agreed = [q for q, yes in zip(queries, same, strict=True) if yes]
     if len(agreed) < 2:
-        run.notes.append(f"{name} was accepted but agrees with the target on {len(agreed)} queries; the target explains.")
+        run.notes.append(
+            f"{name} was accepted but agrees with the target on {len(agreed)} queries; the target explains."
+        )
         return None
     design = run.explainer.design(n, s.n_proxy(n), rng=run.rng(4))
     values = run.evaluate(run.proxies[name], agreed, "attribute", design.coalitions)
@@ -351,7 +356,9 @@ def _by_target(run: _Run, screening: Screening | None) -> Explanation:
     bought = list(screening.queries_bought) if screening is not None else []
     queries = _oracle_queries(run.splits["explain"], bought, s.oracle_queries)
     run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
-    design = screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    design = (
+        screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    )
     values = run.evaluate(run.target, queries, "attribute", design.coalitions)
     values.require_complete(f"attribution by {name}")
     if screening is None:
@@ -362,7 +369,9 @@ def _by_target(run: _Run, screening: Screening | None) -> Explanation:
             f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
             " screen are used again."
         )
-    return Explanation(run.explainer.fit(design, values.utility), "target", name, why, tuple(q.id for q in queries))
+    return Explanation(
+        run.explainer.fit(design, values.utility), "target", name, why, tuple(q.id for q in queries)
+    )
 
 
 def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
@@ -406,6 +415,7 @@ def _certify(run: _Run, compression: Compression) -> Certificate:
         n_sealed=n,
         query_digest=run.splits.digest("sealed"),
         full_score=compression.full.performance,
+        right_or_wrong=run.task.right_or_wrong,
     )
 
 
@@ -420,7 +430,11 @@ def _oracle_tokens(run: _Run, compression: Compression) -> float:
 def _spent(ledger: Ledger, run: _Run, key: str) -> tuple[Mapping[str, Any], ...]:
     """Per stage and model: calls and tokens of this run in the ledger, and what this process bought."""
     rows = []
-    for role, meters in (("target", [run.target]), ("proxy", list(run.proxies.values()))):
+    by_role: tuple[tuple[CallRole, list[Meter]], ...] = (
+        ("target", [run.target]),
+        ("proxy", list(run.proxies.values())),
+    )
+    for role, meters in by_role:
         for meter in meters:
             for stage in STAGES:
                 total = ledger.totals(run=key, role=role, stage=stage).by_model.get(meter.backend.name)
@@ -453,5 +467,3 @@ def _run_key(
         "models": [dict(b.identity) for b in backends],
     }
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-

@@ -183,9 +183,13 @@ class FewShotPrompt:
         object.__setattr__(self, "_prefix", before[len(before.rstrip()) :])
         query = Template(self.query_template if self.query_template is not None else before.rstrip())
         if "output" in query.fields:
-            raise InputError(f"query_template: {query.text!r} must not hold {{output}}; it ends where the answer begins.")
+            raise InputError(
+                f"query_template: {query.text!r} must not hold {{output}}; it ends where the answer begins."
+            )
         object.__setattr__(self, "_query", query)
-        object.__setattr__(self, "_blocks", tuple(self._render_demonstration(d, template) for d in self.demonstrations))
+        object.__setattr__(
+            self, "_blocks", tuple(self._render_demonstration(d, template) for d in self.demonstrations)
+        )
 
     @property
     def n_units(self) -> int:
@@ -224,7 +228,9 @@ class FewShotPrompt:
     def subset(self, coalition: Sequence[bool]) -> FewShotPrompt:
         """The same prompt with only the demonstrations of the coalition, order kept."""
         self._kept(coalition)
-        return replace(self, demonstrations=tuple(d for d, k in zip(self.demonstrations, coalition, strict=True) if k))
+        return replace(
+            self, demonstrations=tuple(d for d, k in zip(self.demonstrations, coalition, strict=True) if k)
+        )
 
     def keep(self, ids: Sequence[str]) -> FewShotPrompt:
         """The same prompt with only the named demonstrations, in the prompt's own order."""
@@ -267,7 +273,9 @@ class FewShotPrompt:
         if coalition is None:
             return list(self._blocks)
         if len(coalition) != self.n_units:
-            raise InputError(f"coalition: {len(coalition)} entries for {self.n_units} demonstrations; one each is needed.")
+            raise InputError(
+                f"coalition: {len(coalition)} entries for {self.n_units} demonstrations; one each is needed."
+            )
         return [block for block, keep in zip(self._blocks, coalition, strict=True) if keep]
 
     def _render_demonstration(self, demo: Demonstration, template: Template) -> Any:
@@ -307,7 +315,9 @@ def _unique_ids(demonstrations: Sequence[Demonstration]) -> None:
         if demo.id in seen:
             raise DataError(f"demonstrations: the id {demo.id!r} is used twice; ids are unique.")
         if demo.choices is not None and len(demo.choices) > len(LETTERS):
-            raise DataError(f"demonstration {demo.id!r}: {len(demo.choices)} choices; at most {len(LETTERS)}.")
+            raise DataError(
+                f"demonstration {demo.id!r}: {len(demo.choices)} choices; at most {len(LETTERS)}."
+            )
         seen.add(demo.id)
 
 

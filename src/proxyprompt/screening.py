@@ -312,11 +312,17 @@ class _Judges:
                 explainer=self.explainer,
             ).side_agreement
         return label_fidelity(
-            self.design, fitted_on.probabilities[:m], self.held_out, judged_on.predictions[m:], explainer=self.explainer
+            self.design,
+            fitted_on.probabilities[:m],
+            self.held_out,
+            judged_on.predictions[m:],
+            explainer=self.explainer,
         )
 
 
-def _add_pairs(c: _Candidate, judges: _Judges, on_target: Values, queries: list[Query], columns: list[int]) -> None:
+def _add_pairs(
+    c: _Candidate, judges: _Judges, on_target: Values, queries: list[Query], columns: list[int]
+) -> None:
     if not queries:
         return
     mine = _columns(on_target, columns)
@@ -407,7 +413,12 @@ def rule_to_dict(rule: SequentialDecision) -> dict[str, Any]:
 
 
 def _check(
-    proxies: Mapping[str, Evaluate], queries: Sequence[Query], method: str, tau: float, delta: float, block: int
+    proxies: Mapping[str, Evaluate],
+    queries: Sequence[Query],
+    method: str,
+    tau: float,
+    delta: float,
+    block: int,
 ) -> None:
     if not proxies:
         raise InputError("proxies: none given; at least one is needed to screen.")

@@ -83,7 +83,12 @@ class Settings:
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1)")
         if self.screening_method not in ("betting", "paper"):
             raise InputError(f"screening_method: got {self.screening_method!r}; allowed: betting, paper.")
-        for name, least in (("max_pairs", 2), ("screening_block", 1), ("judge_coalitions", 1), ("max_evaluations", 2)):
+        for name, least in (
+            ("max_pairs", 2),
+            ("screening_block", 1),
+            ("judge_coalitions", 1),
+            ("max_evaluations", 2),
+        ):
             _count(name, getattr(self, name), least)
         for name in ("fit_coalitions", "proxy_coalitions", "oracle_queries", "target_calls", "target_tokens"):
             if getattr(self, name) is not None:
@@ -91,8 +96,12 @@ class Settings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed: got {self.seed!r}; a whole number from 0 on.")
         price = self.price_input_per_million
-        if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < 1e9):
-            raise InputError(f"price_input_per_million: got {price!r}; a price per million tokens, 0 or more.")
+        if price is not None and (
+            isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < 1e9
+        ):
+            raise InputError(
+                f"price_input_per_million: got {price!r}; a price per million tokens, 0 or more."
+            )
 
     @property
     def level(self) -> float:
@@ -105,11 +114,11 @@ class Settings:
 
     def n_fit(self, n_units: int) -> int:
         """Coalitions on which screening fits its surrogates."""
-        return self.fit_coalitions or min(2**min(n_units, 30), max(32, 2 * n_units + 6))
+        return self.fit_coalitions or min(2 ** min(n_units, 30), max(32, 2 * n_units + 6))
 
     def n_proxy(self, n_units: int) -> int:
         """Coalitions of an accepted proxy's attribution."""
-        return self.proxy_coalitions or min(2**min(n_units, 30), max(64, 4 * n_units))
+        return self.proxy_coalitions or min(2 ** min(n_units, 30), max(64, 4 * n_units))
 
 
 def _number(name: str, value: Any, low: float, high: float, rule: str, *, top: bool = False) -> None:

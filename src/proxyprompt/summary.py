@@ -33,7 +33,9 @@ LIMITS = (
 )
 
 
-def build_artifact(result: Result, *, report_text: ReportText = "removed", created: str | None = None) -> Artifact:
+def build_artifact(
+    result: Result, *, report_text: ReportText = "removed", created: str | None = None
+) -> Artifact:
     """The stored form of a result.
 
     Parameters
@@ -94,7 +96,9 @@ def build_artifact(result: Result, *, report_text: ReportText = "removed", creat
     )
 
 
-def build_summary(result: Result, *, report_text: ReportText = "removed", created: str | None = None) -> dict[str, Any]:
+def build_summary(
+    result: Result, *, report_text: ReportText = "removed", created: str | None = None
+) -> dict[str, Any]:
     """What the report shows; see :mod:`proxyprompt.report`."""
     certificate = result.certificate
     cost = _cost(result)
@@ -146,9 +150,14 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
     name, level = _performance_name(result), f"{1 - c.level:.0%}"
     if c.decision == "certified" and after < before:
         status = "certified"
-        headline = f"{before} demonstrations can become {after}: {name} holds, certified at {level} confidence"
+        headline = (
+            f"{before} demonstrations can become {after}: {name} holds, certified at {level} confidence"
+        )
     elif c.decision == "certified":
-        status, headline = "unchanged", f"All {before} demonstrations stay: no smaller prompt was good enough to propose"
+        status, headline = (
+            "unchanged",
+            f"All {before} demonstrations stay: no smaller prompt was good enough to propose",
+        )
     else:
         status, headline = "not_certified", f"Not certified: keep all {before} demonstrations"
     sentences = []
@@ -161,7 +170,9 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
     harmful = [x for x in result.cleaning.confirmations if x.confirmed]
     if harmful:
         verb = "were" if len(harmful) > 1 else "was"
-        sentences.append(f"{len(harmful)} of the demonstrations {verb} harmful on these queries, confirmed on the target.")
+        sentences.append(
+            f"{len(harmful)} of the demonstrations {verb} harmful on these queries, confirmed on the target."
+        )
     if status == "not_certified":
         tried = min((t.n_kept for t in c.tests), default=before)
         sentences.append(

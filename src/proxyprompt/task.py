@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from .errors import DataError, InputError
 from .prompt import Demonstration, Query
@@ -36,7 +36,8 @@ class LabelTask:
     """
 
     labels: tuple[str, ...] | None = None
-    kind: str = "label"
+    kind: ClassVar[str] = "label"
+    right_or_wrong: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.labels is None:
@@ -101,7 +102,7 @@ class TextTask:
     metric: str | Metric = "exact_match"
     max_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
-    kind: str = "text"
+    kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -113,9 +114,16 @@ class TextTask:
             raise InputError(f"max_tokens: got {self.max_tokens}; at least 1.")
 
     @property
+    def right_or_wrong(self) -> bool:
+        """Whether every score is 0 or 1."""
+        return self.metric == "exact_match"
+
+    @property
     def metric_name(self) -> str:
         """Name for reports."""
-        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "user metric")
+        return (
+            self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "user metric")
+        )
 
     def score(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """Score each output against its accepted answers; every score in [0, 1], higher is better.
@@ -142,7 +150,9 @@ class TextTask:
         del demonstrations
         for query in queries:
             if not query.reference.strip() and not any(r.strip() for r in query.references):
-                raise DataError(f"query {query.id!r}: the reference is empty; a text task needs an answer to score against.")
+                raise DataError(
+                    f"query {query.id!r}: the reference is empty; a text task needs an answer to score against."
+                )
 
 
 Task: TypeAlias = LabelTask | TextTask

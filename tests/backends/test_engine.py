@@ -279,3 +279,14 @@ def test_thread_counts_are_put_back(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= choose_threads(torch) <= before
     assert torch.get_num_threads() == before
+
+
+def test_running_out_of_memory_says_what_to_set(models, monkeypatch):
+    engine = TrieEngine(models("llama"))
+
+    def exhausted(pass_, plan):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(engine, "_forward", exhausted)
+    with pytest.raises(BackendError, match=r"Memory ran out while computing 20 tokens.*max_batch_tokens"):
+        run(engine, coalition_trie(2), Limits(20, 20, 16))

@@ -10,10 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from proxyprompt.backends.base import GenerateRequest, Message, Planner, ScoreRequest
-from proxyprompt.backends.embedded import embedded
+from proxyprompt.backends.embedded import embedded, embedded_model_path
 from proxyprompt.backends.transformers import TransformersBackend
+from proxyprompt.backends.transformers.pieces import PieceEncoder, cut, may_cut
 from proxyprompt.backends.transformers.threads import import_torch, use_threads
 from proxyprompt.backends.transformers.tokens import TextTokenizer
 from proxyprompt.errors import BackendError, InputError
@@ -560,6 +563,80 @@ def test_a_model_without_prefix_sharing_gives_the_same_kind_of_answers(tmp_path)
         assert result.logprobs == pytest.approx(expected, abs=TOLERANCE)
     text = in_order(backend.generate([GenerateRequest("Review: a", max_tokens=6)]), 1)[0].text
     assert text == tokenizer.decode(greedy(model, tokenizer, "Review: a", 6), skip_special_tokens=True)
+
+
+# Tokenising by pieces
+
+
+def raw_tokenizer(pre_tokenizer=None, vocabulary=(), normalizer=None, added=()):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: at for at, token in enumerate([*letters, *vocabulary])}
+    merges = [(token[:-1], token[-1]) for token in vocabulary]
+    raw = Tokenizer(models.BPE(vocab=tokens, merges=merges))
+    raw.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.normalizer = normalizer
+    raw.add_tokens(list(added))
+    return raw
+
+
+def test_tokenizers_whose_words_could_cross_a_line_are_given_whole_texts():
+    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+
+    assert may_cut(raw_tokenizer())
+    assert may_cut(raw_tokenizer(vocabulary=("ĊĊ", "ab"), normalizer=normalizers.NFC()))
+    assert not may_cut(raw_tokenizer(vocabulary=("Ċa",)))
+    assert not may_cut(raw_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)))
+    assert not may_cut(raw_tokenizer(pre_tokenizers.Split(Regex(r"\n\w+"), "isolated")))
+    assert not may_cut(raw_tokenizer(pre_tokenizers.Metaspace()))
+    assert not may_cut(raw_tokenizer(normalizer=normalizers.Strip()))
+    assert not may_cut(raw_tokenizer(added=[AddedToken("Xy", lstrip=True)]))
+    assert not may_cut(raw_tokenizer(added=[AddedToken("\nXy")]))
+
+
+def test_a_text_is_the_sum_of_its_pieces():
+    text = "Review: a\nSentiment: b\n\nReview: c\n 1\nx"
+    assert cut(text) == ["Review: a\n", "Sentiment: b\n\n", "Review: c\n 1\n", "x"]
+    assert cut("") == [""]
+
+
+WORDS = ["a", "film", "The", "'s", "12", "3", ":", ".", "!?", "é", "日", "🙂", "A", "z"]
+MARKS = ["<bos>", "<end>", "<turn>", "<|im_end|>"]
+LINES = st.lists(
+    st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "\r\n", "\u0301", *WORDS, *MARKS]), max_size=30
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers_to_try(folder):
+    loaded = [TextTokenizer.from_folder(folder)]
+    for name in ("smollm2-135m", "gemma-3-270m"):
+        loaded.append(TextTokenizer.from_files(embedded_model_path(name)))
+    assert all(may_cut(tokenizer.raw) for tokenizer in loaded)
+    return loaded
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(LINES, min_size=1, max_size=40), special=st.booleans())
+def test_pieces_have_the_tokens_of_the_whole(tokenizers_to_try, texts, special):
+    for tokenizer in tokenizers_to_try:
+        encoder = PieceEncoder(tokenizer.raw, tokenizer._n_after)
+        for ours, whole in zip(
+            encoder.encode(texts, special=special),
+            tokenizer._encode_whole(texts, special=special),
+            strict=True,
+        ):
+            assert ours.tolist() == whole.tolist()
+
+
+def test_a_large_batch_goes_by_pieces_and_means_the_same(folder):
+    requests = [ScoreRequest(TEXT * (at % 3) + f"Review: film {at}\nSentiment:", LABELS) for at in range(200)]
+    backend, other = TransformersBackend(folder), TransformersBackend(folder)
+    other._tokenizer._may_cut = False
+    assert backend.plan(requests) == other.plan(requests)
+    assert backend._tokenizer._pieces is not None
+    assert other._tokenizer._pieces is None
 
 
 # Real models

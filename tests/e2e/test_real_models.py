@@ -78,7 +78,13 @@ max_evaluations = 4
 
 
 def run(folder: Path, **environment: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", "from proxyprompt.cli import main; main()", "run", str(folder / "config.toml")]
+    command = [
+        sys.executable,
+        "-c",
+        "from proxyprompt.cli import main; main()",
+        "run",
+        str(folder / "config.toml"),
+    ]
     done = subprocess.run(
         [*command, "--json"],
         capture_output=True,

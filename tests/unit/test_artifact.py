@@ -17,7 +17,10 @@ BODY = {
     "schema": 1,
     "original_prompt": {
         "instruction": "i",
-        "demonstrations": [{"id": "a", "inputs": {"input": "x"}, "output": "y"}, {"id": "b", "inputs": {"input": "z"}, "output": "y"}],
+        "demonstrations": [
+            {"id": "a", "inputs": {"input": "x"}, "output": "y"},
+            {"id": "b", "inputs": {"input": "z"}, "output": "y"},
+        ],
     },
     "kept": ["b"],
     "removed": ["a"],

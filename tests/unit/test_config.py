@@ -83,7 +83,11 @@ def test_reading_a_config_imports_no_model_library(folder: Path) -> None:
         (edit("demos.jsonl", "nope.jsonl"), DataError, "no such file"),
         (edit("{output}", "{outputs}"), ProxyPromptError, "exactly one"),
         (edit("{input}", "{title}"), DataError, "needs a field 'title'"),
-        (edit("[queries]", "[queries]\nsizes = {explain = 30, select = 30, sealed = 30}"), DataError, "asks for 90"),
+        (
+            edit("[queries]", "[queries]\nsizes = {explain = 30, select = 30, sealed = 30}"),
+            DataError,
+            "asks for 90",
+        ),
         (edit("[queries]", "[queries]\nsizes = {test = 3}"), ConfigError, "sizes"),
         (edit('file = "queries.jsonl"', ""), ConfigError, "either file"),
         (edit('title = "t"', "tau = 1.5"), ConfigError, "tau: got 1.5"),
@@ -93,7 +97,11 @@ def test_reading_a_config_imports_no_model_library(folder: Path) -> None:
         (GOOD + "\n[report]\ntext = 'some'", ConfigError, "report.text"),
         (GOOD + '\n[[proxies]]\nmodel = "embedded:smollm2-135m"', ConfigError, "twice"),
         (edit('[target]\nmodel = "embedded:gemma-3-270m"', "[target]"), ConfigError, "target: no model"),
-        (edit('model = "embedded:gemma-3-270m"', 'model = "embedded:gemma-3-270m"\ncolour = 1'), ModelSpecError, "colour"),
+        (
+            edit('model = "embedded:gemma-3-270m"', 'model = "embedded:gemma-3-270m"\ncolour = 1'),
+            ModelSpecError,
+            "colour",
+        ),
         (edit("[task]", "[task]\nkind = 'rank'"), ConfigError, "task.kind"),
         (edit("[prompt]", "[prompt]\nstyle = 'xml'"), ProxyPromptError, "style"),
     ],
@@ -103,7 +111,9 @@ def test_mistakes_are_named(folder: Path, text: str, kind: type[Exception], mess
         load(folder, text)
 
 
-def test_a_missing_key_for_a_remote_model_is_said_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_for_a_remote_model_is_said_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ModelSpecError, match="OPENAI_API_KEY is not set"):
@@ -113,7 +123,9 @@ def test_a_missing_key_for_a_remote_model_is_said_at_once(folder: Path, monkeypa
 def test_duplicate_ids_and_overlapping_splits(folder: Path) -> None:
     row = json.dumps({"id": "q0", "input": "query 0", "label": "a"})
     (folder / "one.jsonl").write_text(row)
-    text = edit('file = "queries.jsonl"', 'explain = "one.jsonl"\nselect = "queries.jsonl"\nsealed = "queries.jsonl"')
+    text = edit(
+        'file = "queries.jsonl"', 'explain = "one.jsonl"\nselect = "queries.jsonl"\nsealed = "queries.jsonl"'
+    )
     with pytest.raises(DataError, match="splits must not overlap"):
         load(folder, text)
     (folder / "queries.jsonl").write_text(row + "\n" + row)
@@ -126,7 +138,9 @@ def test_labels_come_from_the_rows_when_none_are_named(folder: Path) -> None:
     assert load(folder, no_labels).task == LabelTask(("a", "b"))
     rows = [{"id": f"x{i}", "input": f"x {i}", "label": "p", "choices": ["p", f"r{i}"]} for i in range(40)]
     (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "demos.jsonl").write_text("\n".join(json.dumps({**r, "id": f"d{r['id']}", "input": "d" + r["input"]}) for r in rows[:4]))
+    (folder / "demos.jsonl").write_text(
+        "\n".join(json.dumps({**r, "id": f"d{r['id']}", "input": "d" + r["input"]}) for r in rows[:4])
+    )
     assert load(folder, no_labels).task == LabelTask(None)
 
 

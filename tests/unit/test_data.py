@@ -38,7 +38,10 @@ def test_every_form_reads_the_same(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps(r) for r in ROWS)
     jsonl = write(tmp_path / "r.jsonl", lines + "\n\n")
     as_json = write(tmp_path / "r.json", json.dumps(ROWS))
-    csv = write(tmp_path / "r.csv", 'id,input,label,choices\na,"one, two",yes,"[""yes"",""no""]"\nb,"ünï\nline",no,"[""yes"",""no""]"\n')
+    csv = write(
+        tmp_path / "r.csv",
+        'id,input,label,choices\na,"one, two",yes,"[""yes"",""no""]"\nb,"ünï\nline",no,"[""yes"",""no""]"\n',
+    )
     zipped = tmp_path / "r.jsonl.gz"
     zipped.write_bytes(gzip.compress(lines.encode()))
     expected = load_demonstrations(ROWS)
@@ -69,7 +72,9 @@ def test_unicode_line_separators_do_not_split_rows(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, object], message: str) -> None:
-    path = write(tmp_path / "r.jsonl", json.dumps({"id": "ok", "input": "x", "label": "y"}) + "\n" + json.dumps(row))
+    path = write(
+        tmp_path / "r.jsonl", json.dumps({"id": "ok", "input": "x", "label": "y"}) + "\n" + json.dumps(row)
+    )
     with pytest.raises(DataError, match=message) as caught:
         load_queries(path)
     assert "r.jsonl:2" in str(caught.value)
@@ -95,14 +100,22 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def queries(n: int, prefix: str = "q", labels: int = 2) -> list[tuple[Query, str | None]]:
-    return [(Query(f"{prefix}{i}", {"input": f"{prefix} text {i}"}, f"l{i % labels}"), None) for i in range(n)]
+    return [
+        (Query(f"{prefix}{i}", {"input": f"{prefix} text {i}"}, f"l{i % labels}"), None) for i in range(n)
+    ]
 
 
 def test_drawn_splits_are_disjoint_stratified_and_reproducible() -> None:
     rows = queries(90, labels=3)
-    splits = split_queries(rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(1))
-    again = split_queries(rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(1))
-    other = split_queries(rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(2))
+    splits = split_queries(
+        rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(1)
+    )
+    again = split_queries(
+        rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(1)
+    )
+    other = split_queries(
+        rows, sizes={"explain": 30, "select": 30, "sealed": 30}, rng=np.random.default_rng(2)
+    )
     assert splits == again
     assert splits != other
     assert len({q.id for part in splits.values() for q in part}) == 90
@@ -122,7 +135,9 @@ def test_overlapping_and_empty_splits_are_refused() -> None:
     with pytest.raises(DataError, match="the text of query 'other-id'"):
         Splits({"explain": [a], "select": [b], "sealed": [twin]})
     with pytest.raises(DataError, match="asks for 300"):
-        split_queries(queries(20), sizes={"explain": 100, "select": 100, "sealed": 100}, rng=np.random.default_rng(0))
+        split_queries(
+            queries(20), sizes={"explain": 100, "select": 100, "sealed": 100}, rng=np.random.default_rng(0)
+        )
     mixed = [*queries(3), (Query("z", {"input": "z"}, "l0"), "sealed")]
     with pytest.raises(DataError, match="all or none"):
         split_queries(mixed, rng=np.random.default_rng(0))

@@ -12,7 +12,9 @@ from proxyprompt.demo import corrected_prompt, demo_config
 
 ROWS = [
     json.loads(line)
-    for line in (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in (files("proxyprompt") / "demo_data" / "demonstrations.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
     if line
 ]
 
@@ -54,6 +56,8 @@ def test_no_query_repeats_a_demonstration() -> None:
 def test_correcting_changes_the_mislabelled_ones_only() -> None:
     prompt = config().prompt
     changed = {
-        a.id for a, b in zip(prompt.demonstrations, corrected_prompt(prompt).demonstrations, strict=True) if a != b
+        a.id
+        for a, b in zip(prompt.demonstrations, corrected_prompt(prompt).demonstrations, strict=True)
+        if a != b
     }
     assert changed == {row["id"] for row in ROWS if row["note"].startswith("mislabelled")}

@@ -155,7 +155,12 @@ def test_a_perfect_target_is_certified_down_to_nothing() -> None:
     path = nested_path(np.zeros(4), np.ones(4, dtype=bool))
     result = compress(path, perfect, tau=0.95, n_sealed=60)
     assert result.chosen.n_kept == 0
-    assert certify([result.chosen.kept], perfect, n_units=4, tau=0.9, level=0.05, n_sealed=60, query_digest="x").kept.sum() == 0
+    assert (
+        certify(
+            [result.chosen.kept], perfect, n_units=4, tau=0.9, level=0.05, n_sealed=60, query_digest="x"
+        ).kept.sum()
+        == 0
+    )
 
 
 def test_what_fails_ends_the_sequence_and_is_not_shipped() -> None:
@@ -167,7 +172,13 @@ def test_what_fails_ends_the_sequence_and_is_not_shipped() -> None:
 
     rows = nested_path(np.zeros(8), np.ones(8, dtype=bool))
     certificate = certify(
-        [rows[1], rows[4], rows[6]], planted(accuracy, 150, 1), n_units=8, tau=0.9, level=0.05, n_sealed=150, query_digest="x"
+        [rows[1], rows[4], rows[6]],
+        planted(accuracy, 150, 1),
+        n_units=8,
+        tau=0.9,
+        level=0.05,
+        n_sealed=150,
+        query_digest="x",
     )
     assert [t.passed for t in certificate.tests] == [True, False, False]
     assert [t.tested for t in certificate.tests] == [True, True, False]
@@ -179,7 +190,9 @@ def test_what_fails_ends_the_sequence_and_is_not_shipped() -> None:
 def test_nothing_certified_means_the_original_prompt() -> None:
     accuracy = lambda rows: np.where(rows.all(axis=1), 0.9, 0.5)  # noqa: E731
     rows = nested_path(np.zeros(4), np.ones(4, dtype=bool))
-    certificate = certify([rows[2]], planted(accuracy, 100), n_units=4, tau=0.9, level=0.05, n_sealed=100, query_digest="x")
+    certificate = certify(
+        [rows[2]], planted(accuracy, 100), n_units=4, tau=0.9, level=0.05, n_sealed=100, query_digest="x"
+    )
     assert certificate.decision == "not_certified"
     assert certificate.kept.all()
     assert "no candidate" in certificate.text
@@ -210,10 +223,21 @@ def test_missing_answers_are_inconclusive() -> None:
         values.performance[:, :10] = np.nan
         values.utility[:, :10] = np.nan
         missing = tuple((i, j, "timeout") for i in range(len(rows)) for j in range(10))
-        return Values(rows, values.utility, values.performance, values.predictions, None, values.prompt_tokens, "accuracy", missing)
+        return Values(
+            rows,
+            values.utility,
+            values.performance,
+            values.predictions,
+            None,
+            values.prompt_tokens,
+            "accuracy",
+            missing,
+        )
 
     with pytest.raises(InconclusiveError, match="timeout"):
-        certify([np.array([True, False])], holes, n_units=2, tau=0.9, level=0.05, n_sealed=50, query_digest="x")
+        certify(
+            [np.array([True, False])], holes, n_units=2, tau=0.9, level=0.05, n_sealed=50, query_digest="x"
+        )
     with pytest.raises(InconclusiveError, match="timeout"):
         compress(nested_path(np.zeros(2), np.ones(2, dtype=bool)), holes, n_sealed=50)
 
@@ -236,6 +260,11 @@ def test_bad_settings() -> None:
     with pytest.raises(InputError, match="tau"):
         compress(np.ones((1, 2), dtype=bool), planted(lambda r: np.full(len(r), 0.5), 5), tau=0, n_sealed=5)
     with pytest.raises(InputError, match="max_evaluations"):
-        compress(np.ones((1, 2), dtype=bool), planted(lambda r: np.full(len(r), 0.5), 5), n_sealed=5, max_evaluations=1)
+        compress(
+            np.ones((1, 2), dtype=bool),
+            planted(lambda r: np.full(len(r), 0.5), 5),
+            n_sealed=5,
+            max_evaluations=1,
+        )
     with pytest.raises(InputError, match="level"):
         clean(explain(planted(harmful_last(4, [0]), 10), 4), None, level=0.0)

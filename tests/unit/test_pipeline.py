@@ -55,7 +55,9 @@ def draws(text: str, scale: float) -> np.ndarray:
 class Model:
     """A model that is helped by some demonstrations and hurt by others; queries differ, models differ a little."""
 
-    def __init__(self, name: str, *, sign: float = 1.0, effect: float = 1.0, fail_after: int | None = None) -> None:
+    def __init__(
+        self, name: str, *, sign: float = 1.0, effect: float = 1.0, fail_after: int | None = None
+    ) -> None:
         self.sign, self.effect, self.fail_after = sign, effect, fail_after
         self.asked = 0
         self.backend = ScriptedBackend(score=self.score, name=name, block_size=50)
@@ -76,7 +78,9 @@ class Model:
         return [float(v) for v in x - math.log(np.exp(x).sum())]
 
 
-def run(folder: Path, target: Model, *proxies: Model, settings: Settings | None = None, **more: object) -> Result:
+def run(
+    folder: Path, target: Model, *proxies: Model, settings: Settings | None = None, **more: object
+) -> Result:
     return optimize_prompt(
         prompt(),
         LabelTask(LABELS),
@@ -103,7 +107,9 @@ def test_an_accepted_proxy_explains_and_the_target_confirms_and_certifies(accept
     assert accepted.screening.accepted == ("proxy",)
     assert accepted.explanation.role == "proxy"
     assert accepted.certificate.decision == "certified"
-    removed = {d.id for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep}
+    removed = {
+        d.id for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep
+    }
     assert ids(HARMFUL) <= removed
     assert not ids(USEFUL) & removed
     assert accepted.certificate.shipped is not None
@@ -127,8 +133,14 @@ def test_the_artifact_and_the_reports_say_so(accepted: Result, tmp_path: Path) -
 
 def test_reports_show_no_more_text_than_asked(accepted: Result) -> None:
     kept = next(d for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if keep)
-    gone = next(d for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep)
-    for mode, shows_kept, shows_gone in (("all", True, True), ("removed", False, True), ("none", False, False)):
+    gone = next(
+        d for d, keep in zip(accepted.original.demonstrations, accepted.kept, strict=True) if not keep
+    )
+    for mode, shows_kept, shows_gone in (
+        ("all", True, True),
+        ("removed", False, True),
+        ("none", False, False),
+    ):
         page = render_html(build_artifact(accepted, report_text=mode).summary)  # type: ignore[arg-type]
         assert (kept.inputs["input"] in page) == shows_kept
         assert (gone.inputs["input"] in page) == shows_gone
@@ -144,7 +156,9 @@ def test_a_refused_proxy_leads_to_the_target_and_its_calls_are_used_again(tmp_pa
     bought = next(r for r in result.spent if r["stage"] == "attribute" and r["role"] == "target")
     # 64 coalitions x 30 queries would be 1,920; screening has bought some of them.
     assert bought["reused_now"] > 0
-    assert ids(HARMFUL) <= {d.id for d, k in zip(result.original.demonstrations, result.kept, strict=True) if not k}
+    assert ids(HARMFUL) <= {
+        d.id for d, k in zip(result.original.demonstrations, result.kept, strict=True) if not k
+    }
 
 
 def test_without_proxies_the_target_explains_itself(tmp_path: Path) -> None:
@@ -208,7 +222,7 @@ def test_a_failing_target_is_an_error_not_a_result(tmp_path: Path) -> None:
     def broken(request: ScoreRequest) -> list[float]:
         raise BackendError("no such model")
 
-    with pytest.raises(Exception, match="missing|no such model"):
+    with pytest.raises(Exception, match=r"missing|no such model"):
         optimize_prompt(
             prompt(),
             LabelTask(LABELS),
@@ -229,8 +243,14 @@ def test_tiny_prompts(tmp_path: Path, n: int) -> None:
 
 
 def test_all_identical_demonstrations(tmp_path: Path) -> None:
-    same = FewShotPrompt(tuple(Demonstration(f"s{i}", {"input": "demo 0;"}, "left") for i in range(6)), "", "Q {input}\nA: {output}")
+    same = FewShotPrompt(
+        tuple(Demonstration(f"s{i}", {"input": "demo 0;"}, "left") for i in range(6)),
+        "",
+        "Q {input}\nA: {output}",
+    )
     target = Model("target")
-    result = optimize_prompt(same, LabelTask(LABELS), splits(), target=target.backend, ledger=tmp_path / "ledger.db")
+    result = optimize_prompt(
+        same, LabelTask(LABELS), splits(), target=target.backend, ledger=tmp_path / "ledger.db"
+    )
     assert result.prompt.n_units <= 2
     assert result.certificate.decision == "certified"

@@ -10,7 +10,10 @@ from proxyprompt.backends.base import Message
 from proxyprompt.errors import DataError, InputError
 from proxyprompt.prompt import Demonstration, FewShotPrompt, Query, Template
 
-HOSTILE = ["{input}", "{output}", "{{", "}}", "{", "}", "{{ 7*7 }}", "{% raw %}", "%s %(x)d", "${PATH}", "{0}", "{a.b}", "\\n", "\x00", "</s>", "{input:>200000000}"]  # fmt: skip
+HOSTILE = [
+    *("{input}", "{output}", "{{", "}}", "{", "}", "{{ 7*7 }}", "{% raw %}", "%s %(x)d", "${PATH}", "{0}"),
+    *("{a.b}", "\\n", "\x00", "</s>", "{input:>200000000}"),
+]
 TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=40))
 
 
@@ -51,7 +54,9 @@ def test_coalitions_keep_order() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=5), TEXT, TEXT)
-def test_rendering_equals_plain_concatenation(rows: list[tuple[str, str]], instruction: str, query: str) -> None:
+def test_rendering_equals_plain_concatenation(
+    rows: list[tuple[str, str]], instruction: str, query: str
+) -> None:
     demonstrations = tuple(Demonstration(f"d{i}", {"input": a}, b) for i, (a, b) in enumerate(rows))
     prompt = FewShotPrompt(demonstrations, instruction, "<{input}> [{{literal}}] {output}")
     expected = [*([instruction] if instruction else []), *(f"<{a}> [{{literal}}] {b}" for a, b in rows)]
@@ -109,7 +114,9 @@ def test_subset_and_keep() -> None:
 @given(st.lists(st.tuples(TEXT, TEXT), max_size=4), TEXT)
 def test_json_round_trip(rows: list[tuple[str, str]], instruction: str) -> None:
     prompt = FewShotPrompt(
-        tuple(Demonstration(f"d{i}", {"input": a, "more": b}, b, ("p", "q")) for i, (a, b) in enumerate(rows)),
+        tuple(
+            Demonstration(f"d{i}", {"input": a, "more": b}, b, ("p", "q")) for i, (a, b) in enumerate(rows)
+        ),
         instruction,
         style="chat",
     )

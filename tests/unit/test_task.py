@@ -20,7 +20,9 @@ def test_labels_are_checked_on_demonstrations_and_queries() -> None:
         task.validate((Demonstration("d", {}, "B"),), ())
 
 
-@pytest.mark.parametrize(("labels", "message"), [(("a",), "at least two"), (("a", "a"), "twice"), (("a", " "), "empty")])
+@pytest.mark.parametrize(
+    ("labels", "message"), [(("a",), "at least two"), (("a", "a"), "twice"), (("a", " "), "empty")]
+)
 def test_bad_label_sets(labels: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LabelTask(labels)

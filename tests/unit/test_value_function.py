@@ -72,7 +72,10 @@ def test_label_only_models_give_right_or_wrong() -> None:
 
 
 def test_queries_with_fewer_choices_have_probability_zero_beyond_their_own() -> None:
-    queries = (Query("q0", {"input": "x"}, "p", ("p", "q", "r")), Query("q1", {"input": "y"}, "s", ("s", "t")))
+    queries = (
+        Query("q0", {"input": "x"}, "p", ("p", "q", "r")),
+        Query("q1", {"input": "y"}, "s", ("s", "t")),
+    )
     demos = (Demonstration("d", {"input": "i"}, "p", ("p", "q")),)
     backend = ScriptedBackend(score=lambda r: [-1.0] * len(r.candidates))
     values = PromptValueFunction(

@@ -217,6 +217,22 @@ class Attribution:
         """One-sided lower confidence bound of ``mean``; see :meth:`upper_bound`."""
         return self.mean - self._half_width(level)
 
+    def p_values(self) -> FloatArray:
+        """One-sided p-values of "the unit does not lower the value", ``mean >= 0``, one a unit, uncorrected.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_units,)
+            Small where the mean is below 0 with confidence; the same law as :meth:`upper_bound`. A unit whose
+            credit never varies has 0 below zero and 1 otherwise.
+        """
+        from scipy.special import stdtr
+
+        moving = self.standard_error > 0
+        z = np.divide(self.mean, self.standard_error, out=np.zeros(self.n_units), where=moving)
+        p: FloatArray = np.where(moving, stdtr(self._degrees_of_freedom(), z), (self.mean >= 0).astype(np.float64))
+        return p
+
     def predict(self, coalitions: ArrayLike) -> FloatArray:
         """Values that the additive surrogate ``intercept + coalitions @ values.T`` gives.
 
@@ -286,12 +302,16 @@ class Attribution:
             raise InputError(f"level={level}: strictly between 0 and 1.", hint="0.95 is usual.")
         from scipy.special import stdtrit
 
+        width: FloatArray = stdtrit(self._degrees_of_freedom(), level) * self.standard_error
+        return width
+
+    def _degrees_of_freedom(self) -> FloatArray:
+        """Welch-Satterthwaite, of the two variance parts."""
         queries, coalitions = self.se_queries**2, self.se_coalitions**2
         total = queries + coalitions
         spread = queries**2 / max(self.n_queries - 1, 1) + coalitions**2 / self.df_coalitions
-        df = np.divide(total**2, spread, out=np.full(self.n_units, 1e9), where=spread > 0)
-        width: FloatArray = stdtrit(df, level) * self.standard_error
-        return width
+        df: FloatArray = np.divide(total**2, spread, out=np.full(self.n_units, 1e9), where=spread > 0)
+        return df
 
 
 class Explainer(ABC):

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..sequential import NonInferiority, non_inferiority, smallest_certifiable_loss
-from ..value_function import Values
+from proxyprompt.errors import InputError
+from proxyprompt.sequential import NonInferiority, non_inferiority, smallest_certifiable_loss
+from proxyprompt.value_function import Values
+
 from .compress import interval
 
 __all__ = ["CandidateTest", "Certificate", "Measured", "certify", "power_statement"]
@@ -157,6 +159,7 @@ def certify(
     n_sealed: int,
     query_digest: str,
     full_score: float = 0.8,
+    right_or_wrong: bool = True,
 ) -> Certificate:
     """Test nested candidates against the full prompt, mildest first.
 
@@ -177,6 +180,9 @@ def certify(
         SHA-256 of its queries, for the record.
     full_score : float
         Performance of the full prompt as known from other queries; used by the power statement only.
+    right_or_wrong : bool
+        Whether the metric gives 0 or 1 only (exact test) or any score in [0, 1] (betting). Said by the
+        caller, because a sample that happens to hold only zeros and ones does not make a metric binary.
 
     Returns
     -------
@@ -190,7 +196,7 @@ def certify(
         When more than 5 % of the answers are missing; a missing answer counts against the candidate.
     """
     rows = [np.asarray(c, dtype=np.bool_) for c in candidates if not np.all(c)]
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if (after & ~before).any():
             raise InputError(
                 "candidates: one is not a subset of the one before; a fixed-sequence test needs nested candidates."
@@ -207,7 +213,9 @@ def certify(
             tests.append(_untested(kept))
             continue
         values = evaluate(kept[None, :])
-        test = non_inferiority(full, values.performance[0], tau=tau, level=level)
+        test = non_inferiority(
+            full, values.performance[0], tau=tau, level=level, method="exact" if right_or_wrong else "betting"
+        )
         tests.append(_tested(kept, values, full, test))
         open_sequence = test.certified
     passed = [t for t in tests if t.passed]
@@ -277,7 +285,15 @@ def _tested(
 
 
 def _untested(kept: NDArray[np.bool_]) -> CandidateTest:
-    zeros = dict.fromkeys(("performance", "low", "high", "tokens", "difference", "lower_bound", "evidence"), 0.0)
+    zeros = dict.fromkeys(
+        ("performance", "low", "high", "tokens", "difference", "lower_bound", "evidence"), 0.0
+    )
     return CandidateTest(
-        kept=kept, n_kept=int(kept.sum()), tested=False, passed=False, evidence_name="p-value", n_discordant=0, **zeros
+        kept=kept,
+        n_kept=int(kept.sum()),
+        tested=False,
+        passed=False,
+        evidence_name="p-value",
+        n_discordant=0,
+        **zeros,
     )

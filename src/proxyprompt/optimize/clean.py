@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attribution.base import Attribution
-from ..errors import InputError
-from ..sequential import holm
-from ..value_function import Values
+from proxyprompt.attribution.base import Attribution
+from proxyprompt.errors import InputError
+from proxyprompt.sequential import holm
+from proxyprompt.value_function import Values
 
 __all__ = ["Cleaning", "Confirmation", "clean", "suspects"]
 
@@ -96,20 +96,19 @@ def suspects(attribution: Attribution, *, level: float = 0.05) -> tuple[int, ...
     ----------
     attribution : Attribution
     level : float
-        Family-wise error level; one-sided normal test of ``mean >= 0`` per unit, Holm's correction.
+        Family-wise error level; one-sided t test of ``mean >= 0`` per unit, Holm's correction.
     """
-    from scipy.stats import norm
-
-    mean, se = attribution.mean, attribution.standard_error
-    # A standard error of zero with a mean of zero is a unit that never changes anything: no evidence at all.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(se > 0, mean / np.where(se > 0, se, 1.0), np.where(mean < 0, -np.inf, np.inf))
-    flagged = np.flatnonzero(holm(norm.cdf(z), level))
+    mean = attribution.mean
+    flagged = np.flatnonzero(holm(attribution.p_values(), level))
     return tuple(int(i) for i in sorted(flagged, key=lambda i: (mean[i], i)))
 
 
 def clean(
-    attribution: Attribution, evaluate: EvaluateTarget | None, *, level: float = 0.05, protected: tuple[int, ...] = ()
+    attribution: Attribution,
+    evaluate: EvaluateTarget | None,
+    *,
+    level: float = 0.05,
+    protected: tuple[int, ...] = (),
 ) -> Cleaning:
     """Flag suspects by attribution and confirm each on the target model.
 

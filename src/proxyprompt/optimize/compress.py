@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..value_function import Values
+from proxyprompt.errors import InputError
+from proxyprompt.value_function import Values
 
 __all__ = ["Compression", "PathPoint", "compress", "interval", "nested_path"]
 
@@ -121,7 +121,9 @@ def nested_path(
     bool (n_steps + 1, n_units)
     """
     kept = np.asarray(start, dtype=np.bool_).copy()
-    order = sorted((int(i) for i in np.flatnonzero(kept) if i not in protected), key=lambda i: (scores[i], -i))
+    order = sorted(
+        (int(i) for i in np.flatnonzero(kept) if i not in protected), key=lambda i: (scores[i], -i)
+    )
     rows = [kept.copy()]
     for unit in order:
         kept[unit] = False
@@ -167,7 +169,7 @@ def compress(
     last = len(path) - 1
     whole = np.ones((1, path.shape[1]), dtype=np.bool_)
     n_grid = min(last + 1, max(2, (2 * max_evaluations) // 3))
-    grid = sorted({int(round(x)) for x in np.linspace(0, last, n_grid)})
+    grid = sorted({round(float(x)) for x in np.linspace(0, last, n_grid)})
     values = evaluate(np.vstack([whole, path[grid]]))
     values.require_complete("measuring the path on the target")
     reference = max(values.performance[:2], key=lambda row: float(np.nanmean(row)))

@@ -129,7 +129,8 @@ class TransformersBackend:
     @property
     def name(self) -> str:
         """What a person calls the model."""
-        label = Path(self._source).name if Path(self._source).is_dir() else self._source
+        folder = Path(self._source).expanduser()
+        label = folder.resolve().name if folder.is_dir() else self._source
         return self._name or f"transformers:{label}"
 
     @cached_property

@@ -176,7 +176,7 @@ class TrieEngine:
             before(pass_.finished)
             with context(), torch.inference_mode():
                 plan = PassPlan(pass_, store, self._model.device, self._model.dtype)
-                step = Step(pass_, self._forward(pass_, plan), store, plan)
+                step = Step(pass_, self._within_memory(pass_, plan), store, plan)
             self.tokens_computed += pass_.stop - pass_.start
             self.windows.update(plan.windows)
             yield step
@@ -184,6 +184,17 @@ class TrieEngine:
                 rows = torch.as_tensor(pass_.keep_rows, device=self._model.device)
                 store.keep(pass_.n_keep, rows, plan.fresh)
             self.peak_held_tokens = max(self.peak_held_tokens, store.n_tokens)
+
+    def _within_memory(self, pass_: Pass, plan: PassPlan) -> Any:
+        try:
+            return self._forward(pass_, plan)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise BackendError(
+                f"Memory ran out while computing {pass_.stop - pass_.start} tokens at once.",
+                hint="Set a smaller max_batch_tokens or memory_budget, or close other programs.",
+            ) from error
 
     def _forward(self, pass_: Pass, plan: PassPlan) -> Any:
         """Logits of the rows that are read, shape (n_heads, vocabulary)."""

@@ -14,11 +14,14 @@ from proxyprompt._require import require
 from proxyprompt.backends.base import Message, Rendered, ScoreRequest
 from proxyprompt.errors import BackendError, InputError
 
+from .pieces import PieceEncoder, may_cut
 from .trie import IntArray, Trie, build_trie
 
 __all__ = ["EncodedRequest", "TextTokenizer", "batch_trie", "encode_requests"]
 
 _CHUNK = 2048
+# Below this many texts, looking through the vocabulary costs more than it saves.
+_MANY = 500
 Template = Callable[[list[dict[str, str]]], str]
 
 
@@ -69,6 +72,8 @@ class TextTokenizer:
         self.template = template
         # Some tokenizers close every text with an end marker; a candidate must be able to follow.
         self._n_after = _specials_after(raw)
+        self._pieces: PieceEncoder | None = None
+        self._may_cut: bool | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextTokenizer:
@@ -136,10 +141,32 @@ class TextTokenizer:
             ) from error
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[IntArray]:
-        """Token ids of each text."""
+        """Token ids of each text, shape (n_tokens,) each; without special tokens behind it."""
+        if len(texts) >= _MANY and self._may_cut is not False:
+            pieces = self._piece_encoder(texts, special=special)
+            if pieces is not None:
+                return pieces.encode(texts, special=special)
+        return self._encode_whole(texts, special=special)
+
+    def _encode_whole(self, texts: Sequence[str], *, special: bool) -> list[IntArray]:
         encodings = self.raw.encode_batch_fast(list(texts), add_special_tokens=special)
         after = self._n_after if special else 0
         return [_ids(encoding.ids, after) for encoding in encodings]
+
+    def _piece_encoder(self, texts: Sequence[str], *, special: bool) -> PieceEncoder | None:
+        if self._may_cut is None:
+            self._may_cut = may_cut(self.raw)
+            if self._may_cut:
+                # The conditions suffice by proof; a few texts are tried all the same.
+                some = texts[:: max(1, len(texts) // 8)]
+                self._pieces = PieceEncoder(self.raw, self._n_after)
+                both = zip(
+                    self._pieces.encode(some, special=special),
+                    self._encode_whole(some, special=special),
+                    strict=True,
+                )
+                self._may_cut = all(np.array_equal(ours, whole) for ours, whole in both)
+        return self._pieces if self._may_cut else None
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Text of ``ids`` as they read behind ``after``, special tokens left out."""
