@@ -13,7 +13,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .artifact import Artifact
-    from .attribution import Attribution, KernelSHAP, LeaveOneOut
+    from .attribution import Attribution, KernelSHAP, LeaveOneOut, WeightedBanzhaf
     from .config import load_config
     from .data import Splits, load_demonstrations, load_prompt, load_queries, save_prompt, split_queries
     from .errors import ProxyPromptError
@@ -46,6 +46,7 @@ _HOME = {
     "Splits": "data",
     "TextTask": "task",
     "Values": "value_function",
+    "WeightedBanzhaf": "attribution",
     "build_artifact": "summary",
     "load_config": "config",
     "load_demonstrations": "data",
@@ -77,6 +78,7 @@ __all__ = [
     "Splits",
     "TextTask",
     "Values",
+    "WeightedBanzhaf",
     "__version__",
     "build_artifact",
     "load_config",

@@ -17,6 +17,7 @@ from .errors import InputError
 
 __all__ = [
     "MAX_ENUMERATED_UNITS",
+    "bernoulli_coalitions",
     "enumerate_coalitions",
     "leave_one_out_coalitions",
     "row_keys",
@@ -29,6 +30,10 @@ FloatArray = NDArray[np.float64]
 
 MAX_ENUMERATED_UNITS = 20
 """Largest number of units whose ``2**n_units`` coalitions are listed (about 20 MB of booleans)."""
+
+
+# Up to so many units all coalitions are listed and drawn from; drawing until enough are distinct could take long.
+_SMALL = 12
 
 
 def enumerate_coalitions(n_units: int) -> BoolArray:
@@ -232,6 +237,50 @@ def uniform_coalitions(
         return rng.random((size, n_units)) < 0.5
 
     return _draw_distinct(draw, n, seen)
+
+
+def bernoulli_coalitions(
+    n_units: int, n: int, *, keep: float, rng: np.random.Generator, exclude: ArrayLike | None = None
+) -> BoolArray:
+    """Draw distinct coalitions that keep each unit with probability ``keep``, independently.
+
+    Parameters
+    ----------
+    n_units, n, rng, exclude
+        As for :func:`uniform_coalitions`, which is the case of one half.
+    keep : float
+        In (0, 1); near 1 the coalitions stay close to the full prompt.
+
+    Returns
+    -------
+    ndarray of bool, shape (n, n_units)
+
+    Raises
+    ------
+    InputError
+        When ``keep`` is out of range, fewer than ``n`` coalitions are left, or a shape is wrong.
+
+    Examples
+    --------
+    >>> rows = bernoulli_coalitions(20, 50, keep=0.8, rng=np.random.default_rng(0))
+    >>> rows.shape, bool(rows.mean() > 0.75)
+    ((50, 20), True)
+    """
+    if not 0 < keep < 1:
+        raise InputError(f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual.")
+    n_units = check_n_units(n_units)
+    if n_units > _SMALL or n < 1:
+        excluded = np.zeros((0, n_units), dtype=bool) if exclude is None else check_coalitions(exclude, "exclude")
+        if n >= 1 and excluded.shape[1] == n_units:
+            return _draw_distinct(lambda size: rng.random((size, n_units)) < keep, n, set(row_keys(excluded)))
+    allowed = uniform_coalitions(n_units, n, rng=rng, exclude=exclude)  # raises what is wrong
+    everything = enumerate_coalitions(n_units)
+    banned = set() if exclude is None else set(row_keys(check_coalitions(exclude, "exclude")))
+    free = everything[[key not in banned for key in row_keys(everything)]]
+    kept = free.sum(axis=1)
+    chance = keep**kept * (1 - keep) ** (n_units - kept)
+    chosen: BoolArray = free[rng.choice(len(free), size=len(allowed), replace=False, p=chance / chance.sum())]
+    return chosen
 
 
 def row_keys(coalitions: BoolArray) -> list[bytes]:

@@ -79,7 +79,7 @@ _SECTIONS: dict[str, frozenset[str]] = {
     "screening": frozenset(
         {"method", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
     ),
-    "attribution": frozenset({"proxy_coalitions", "oracle_queries"}),
+    "attribution": frozenset({"explainer", "proxy_coalitions", "oracle_queries"}),
     "clean": frozenset({"enabled", "level"}),
     "compress": frozenset({"max_evaluations", "keep"}),
     "budget": frozenset({"target_calls", "target_tokens"}),
@@ -291,7 +291,10 @@ def _labels_of(prompt: FewShotPrompt, splits: Splits) -> tuple[str, ...] | None:
     The rows' own choices, if every row has the same; per-query choices (``None``), if they differ; else the
     labels in use, in order of first appearance.
     """
-    rows: list[Demonstration | Query] = [*prompt.demonstrations, *(q for queries in splits.values() for q in queries)]
+    rows: list[Demonstration | Query] = [
+        *prompt.demonstrations,
+        *(q for queries in splits.values() for q in queries),
+    ]
     offered = {tuple(sorted(row.choices)) for row in rows if row.choices is not None}
     if all(row.choices is not None for row in rows):
         return rows[0].choices if len(offered) == 1 else None

@@ -55,7 +55,11 @@ def demo_config(output: Path, *, overrides: Mapping[str, Any] | None = None) -> 
                     if k in ("instruction", "demonstration_template", "separator")
                 },
             },
-            "queries": {"file": "queries.jsonl"},
+            # Sized for a few minutes on two cores; all the queries are shipped.
+            "queries": {"file": "queries.jsonl", "sizes": {"explain": 32, "select": 60}},
+            "screening": {"block": 32, "fit_coalitions": 60, "judge_coalitions": 12},
+            "attribution": {"proxy_coalitions": 72, "oracle_queries": 32},
+            "compress": {"max_evaluations": 10},
             "task": {"kind": "label", "labels": meta["labels"]},
             "target": {"model": TARGET},
             "proxies": [{"model": PROXY}],
@@ -82,8 +86,8 @@ def corrected_prompt(prompt: FewShotPrompt) -> FewShotPrompt:
 
 
 def backdrop(config: RunConfig, ledger: Ledger, observer: Observer) -> tuple[DemoBackdrop, ...]:
-    """What the mislabelled demonstrations do to each model, on the explain and select queries."""
-    queries = [*config.splits["explain"], *config.splits["select"]]
+    """What the mislabelled demonstrations do to each model, on the select queries."""
+    queries = config.splits["select"]
     ends = np.array([[False], [True]]).repeat(config.prompt.n_units, axis=1)
     out = []
     backends: list[tuple[CallRole, Backend]] = [("target", config.target)]

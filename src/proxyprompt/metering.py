@@ -29,6 +29,7 @@ from .backends.base import (
     ScoreRequest,
     ScoreResult,
     Usage,
+    masks_units,
 )
 from .errors import BackendError, InputError, LedgerCorruptError, LedgerError
 from .ledger import Answer, CallRole, Failure, Ledger, Limits, RequestKeys
@@ -332,6 +333,11 @@ class Meter:
         LedgerError
             If an answer cannot be stored; nothing more is asked then.
         """
+        if any(request.mask is not None for request in requests) and not masks_units(self.backend):
+            raise InputError(
+                f"The backend {self.backend.name!r} cannot hide units of a prompt.",
+                hint="Leave mask out of the requests and render the units away.",
+            )
         if not isinstance(self.backend, Scorer):
             raise InputError(f"The backend {self.backend.name!r} gives text only.", hint="Use generate().")
         return self._ask(_SCORE, self.backend.score, list(requests), stage, progress, repeat)

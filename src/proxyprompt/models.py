@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from .backends.base import Backend
-from .errors import InputError, ModelSpecError
+from .errors import BackendError, InputError, ModelSpecError
 
 __all__ = ["open_model"]
 
 KINDS = ("embedded", "hf", "openai", "replay")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _OPTIONS: dict[str, frozenset[str]] = {
-    "embedded": frozenset({"dtype", "device", "threads", "memory_budget", "chat_template"}),
-    "hf": frozenset({"dtype", "device", "threads", "memory_budget", "chat_template", "revision"}),
+    "embedded": frozenset({"approximate", "dtype", "device", "threads", "memory_budget", "chat_template"}),
+    "hf": frozenset(
+        {"approximate", "dtype", "device", "threads", "memory_budget", "chat_template", "revision"}
+    ),
     "openai": frozenset({"base_url", "api", "top_logprobs", "concurrency", "timeout"}),
     "replay": frozenset({"model"}),
 }
@@ -64,7 +66,7 @@ def open_model(
         )
     except ModelSpecError:
         raise
-    except (InputError, TypeError) as error:
+    except (InputError, BackendError, TypeError) as error:
         raise ModelSpecError(f"model {spec!r}: {error}") from error
 
 

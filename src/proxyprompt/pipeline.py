@@ -19,10 +19,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .attribution import KernelSHAP, LeaveOneOut, WeightedBanzhaf
 from .attribution.base import Attribution, Explainer
-from .attribution.kernel_shap import KernelSHAP
 from .backends.base import Backend
-from .coalitions import uniform_coalitions
 from .data import Splits
 from .errors import InputError
 from .ledger import CallRole, Ledger, Limits
@@ -39,6 +38,12 @@ from .value_function import PromptValueFunction, Values
 __all__ = ["Explanation", "Observer", "Result", "optimize_prompt"]
 
 T = TypeVar("T")
+
+_EXPLAINERS: dict[str, type[Explainer]] = {
+    "kernel_shap": KernelSHAP,
+    "leave_one_out": LeaveOneOut,
+    "weighted_banzhaf": WeightedBanzhaf,
+}
 
 STAGES = ("screen", "attribute", "clean", "compress", "certify")
 
@@ -227,7 +232,7 @@ def optimize_prompt(
         target=Meter(target, ledger, role="target", run=key, limits=limits, on_tokens=watch.tokens),
         proxies={p.name: Meter(p, ledger, role="proxy", run=key, on_tokens=watch.tokens) for p in proxies},
         settings=settings,
-        explainer=KernelSHAP(),
+        explainer=_EXPLAINERS[settings.explainer](),
         watch=watch,
         notes=list(notes),
     )
@@ -279,13 +284,14 @@ def _screen(run: _Run) -> Screening | None:
         return None
     s, n = run.settings, run.prompt.n_units
     design = run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
-    if design.exact:
+    if design.n_coalitions == 2**n:
         # With so few units every coalition is in the design; nothing is left to judge on.
         run.notes.append(
             f"With {n} demonstrations every coalition can be asked; no proxy is needed or screened."
         )
         return None
-    judges = uniform_coalitions(n, s.judge_coalitions, rng=run.rng(2), exclude=design.coalitions)
+    n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
+    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=design.coalitions)
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
-from .backends.base import Message, Rendered
+from .backends.base import Message, Rendered, UnitMask
 from .errors import DataError, InputError
 
 __all__ = ["Demonstration", "FewShotPrompt", "Query", "Template"]
@@ -224,6 +224,37 @@ class FewShotPrompt:
             return self.separator.join([*([self.instruction] if self.instruction else []), *kept, text])
         turns = [Message("system", self.instruction)] if self.instruction else []
         return (*turns, *(turn for pair in kept for turn in pair), Message("user", text))
+
+    def unit_mask(self, coalition: Sequence[bool]) -> UnitMask:
+        """Where the demonstrations stand in the whole prompt, and which of them the coalition keeps.
+
+        Parameters
+        ----------
+        coalition : sequence of bool, shape (n_units,)
+
+        Returns
+        -------
+        UnitMask
+            Spans in ``render(None, query)``, which are the same for every query; each takes in the separator
+            behind its demonstration, so that what is left of the text is ``render(coalition, query)``.
+
+        Raises
+        ------
+        InputError
+            If the prompt is made of chat turns.
+        """
+        self._kept(coalition)
+        if self.style != "completion":
+            raise InputError(
+                f"style: units of a {self.style!r} prompt cannot be hidden from a model's attention.",
+                hint="Leave approximate out, or render the prompt in completion style.",
+            )
+        spans: list[tuple[int, int]] = []
+        at = len(self.instruction + self.separator) if self.instruction else 0
+        for block in self._blocks:
+            spans.append((at, at + len(block) + len(self.separator)))
+            at = spans[-1][1]
+        return UnitMask(tuple(spans), tuple(bool(kept) for kept in coalition))
 
     def subset(self, coalition: Sequence[bool]) -> FewShotPrompt:
         """The same prompt with only the demonstrations of the coalition, order kept."""

@@ -20,6 +20,8 @@ class Settings:
         Share of the full prompt's performance that the smaller one must keep, in (0, 1].
     confidence : float
         Level of the certificate, e.g. 0.95.
+    explainer : {"weighted_banzhaf", "kernel_shap", "leave_one_out"}
+        Technique of the attributions, and of the surrogates that screening compares.
     screening_method : {"betting", "paper"}
     screening_tau : float
         Share of the oracle's fidelity that a proxy must reach.
@@ -30,10 +32,10 @@ class Settings:
     screening_block : int
         Queries the target is asked at once while screening.
     fit_coalitions, judge_coalitions : int or None
-        Coalitions on which surrogates are fitted and judged. Default for fitting: two per demonstration and
-        six more (what KernelSHAP needs to judge its own error), at least 32, all of them when that is few.
+        Coalitions on which surrogates are fitted and judged. Default for fitting: three per demonstration (four for
+        KernelSHAP), at least 48, all of them when that is few.
     proxy_coalitions : int or None
-        Coalitions of an accepted proxy's attribution. Default: four per demonstration, at least 64.
+        Coalitions of an accepted proxy's attribution. Default: twice as many as screening fits on.
     oracle_queries : int or None
         Queries of the target's own attribution when no proxy is accepted. Default: all that screening
         bought, and at least 30 if there are so many.
@@ -56,6 +58,7 @@ class Settings:
 
     tau: float = 0.9
     confidence: float = 0.95
+    explainer: Literal["weighted_banzhaf", "kernel_shap", "leave_one_out"] = "weighted_banzhaf"
     screening_method: Literal["betting", "paper"] = "betting"
     screening_tau: float = 0.8
     screening_delta: float = 0.05
@@ -81,6 +84,10 @@ class Settings:
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1]", top=True)
         for name in ("confidence", "screening_delta", "clean_level"):
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1)")
+        if self.explainer not in ("weighted_banzhaf", "kernel_shap", "leave_one_out"):
+            raise InputError(
+                f"explainer: got {self.explainer!r}; allowed: weighted_banzhaf, kernel_shap, leave_one_out."
+            )
         if self.screening_method not in ("betting", "paper"):
             raise InputError(f"screening_method: got {self.screening_method!r}; allowed: betting, paper.")
         for name, least in (
@@ -114,11 +121,17 @@ class Settings:
 
     def n_fit(self, n_units: int) -> int:
         """Coalitions on which screening fits its surrogates."""
-        return self.fit_coalitions or min(2 ** min(n_units, 30), max(32, 2 * n_units + 6))
+        return self._coalitions(self.fit_coalitions, n_units, 1)
 
     def n_proxy(self, n_units: int) -> int:
         """Coalitions of an accepted proxy's attribution."""
-        return self.proxy_coalitions or min(2 ** min(n_units, 30), max(64, 4 * n_units))
+        return self._coalitions(self.proxy_coalitions, n_units, 2)
+
+    def _coalitions(self, given: int | None, n_units: int, times: int) -> int:
+        if self.explainer == "leave_one_out":
+            return n_units + 2
+        per_unit = 4 if self.explainer == "kernel_shap" else 3
+        return given or min(2 ** min(n_units, 30), times * max(48, per_unit * n_units))
 
 
 def _number(name: str, value: Any, low: float, high: float, rule: str, *, top: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import GenerateRequest, ScoreRequest, ScoreResult
+from .backends.base import GenerateRequest, ScoreRequest, ScoreResult, masks_units
 from .errors import InconclusiveError, InputError
 from .metering import Meter
 from .prompt import FewShotPrompt, Query
@@ -158,11 +158,20 @@ class PromptValueFunction:
             tuple(self.prompt.candidate(a, query.choices) for a in own)
             for own, query in zip(answers, self.queries, strict=True)
         ]
-        requests = [
-            ScoreRequest(self.prompt.render(row, query), own)
-            for row in matrix.tolist()
-            for query, own in zip(self.queries, candidates, strict=True)
-        ]
+        if masks_units(self.meter.backend):
+            whole = [self.prompt.render(None, query) for query in self.queries]
+            masks = [self.prompt.unit_mask(row) for row in matrix.tolist()]
+            requests = [
+                ScoreRequest(text, own, mask)
+                for mask in masks
+                for text, own in zip(whole, candidates, strict=True)
+            ]
+        else:
+            requests = [
+                ScoreRequest(self.prompt.render(row, query), own)
+                for row in matrix.tolist()
+                for query, own in zip(self.queries, candidates, strict=True)
+            ]
         results = self.meter.score(requests, stage=self.stage, progress=self.progress)
         reference = [own.index(query.reference) for own, query in zip(answers, self.queries, strict=True)]
         return _label_values(matrix, results, reference, [len(own) for own in answers])

@@ -232,6 +232,23 @@ def test_a_failing_target_is_an_error_not_a_result(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("explainer", ["kernel_shap", "leave_one_out", "weighted_banzhaf"])
+def test_every_explainer_finds_the_harmful_ones(tmp_path: Path, explainer: str) -> None:
+    result = run(tmp_path, Model("target"), settings=Settings(explainer=explainer))  # type: ignore[arg-type]
+    assert result.explanation.attribution.method == explainer
+    assert set(result.cleaning.removed) == set(HARMFUL)
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_prompts_with_few_coalitions_left_to_judge_on(tmp_path: Path, n: int) -> None:
+    result = optimize_prompt(
+        prompt(n), LabelTask(LABELS), splits(), target=Model("target").backend, proxies=[Model("proxy").backend],
+        ledger=tmp_path / "ledger.db",
+    )  # fmt: skip
+    assert result.screening is not None
+    assert len(result.screening.judge_coalitions) >= 16
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_tiny_prompts(tmp_path: Path, n: int) -> None:
     result = optimize_prompt(

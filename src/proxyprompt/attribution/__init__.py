@@ -5,5 +5,15 @@ from .exact import ExactShapley
 from .kernel_shap import KernelSHAP
 from .leave_one_out import LeaveOneOut
 from .lime import LIME
+from .weighted_banzhaf import WeightedBanzhaf
 
-__all__ = ["LIME", "Attribution", "Design", "ExactShapley", "Explainer", "KernelSHAP", "LeaveOneOut"]
+__all__ = [
+    "LIME",
+    "Attribution",
+    "Design",
+    "ExactShapley",
+    "Explainer",
+    "KernelSHAP",
+    "LeaveOneOut",
+    "WeightedBanzhaf",
+]

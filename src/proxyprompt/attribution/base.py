@@ -16,7 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from proxyprompt.coalitions import BoolArray, FloatArray, check_coalitions, check_n_units
+from proxyprompt.coalitions import (
+    BoolArray,
+    FloatArray,
+    check_coalitions,
+    check_n_units,
+    uniform_coalitions,
+)
 from proxyprompt.errors import ArtifactError, InconclusiveError, InputError
 
 __all__ = ["Attribution", "Design", "Explainer", "ValueArrayFunction"]
@@ -230,7 +236,9 @@ class Attribution:
 
         moving = self.standard_error > 0
         z = np.divide(self.mean, self.standard_error, out=np.zeros(self.n_units), where=moving)
-        p: FloatArray = np.where(moving, stdtr(self._degrees_of_freedom(), z), (self.mean >= 0).astype(np.float64))
+        p: FloatArray = np.where(
+            moving, stdtr(self._degrees_of_freedom(), z), (self.mean >= 0).astype(np.float64)
+        )
         return p
 
     def predict(self, coalitions: ArrayLike) -> FloatArray:
@@ -347,6 +355,26 @@ class Explainer(ABC):
     @abstractmethod
     def fit(self, design: Design, values: ArrayLike) -> Attribution:
         """Attribute ``values``, shape (n_coalitions, n_queries), to the units of ``design``."""
+
+    def held_out(
+        self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray
+    ) -> BoolArray:
+        """Draw coalitions to judge the surrogate on, from the neighbourhood it is meant for [PE 4.2].
+
+        Uniform over coalitions unless the technique has a neighbourhood of its own.
+
+        Parameters
+        ----------
+        n_units, n : int
+        rng : numpy.random.Generator
+        exclude : ndarray of bool, shape (n_excluded, n_units)
+            Coalitions that were fitted on.
+
+        Returns
+        -------
+        ndarray of bool, shape (n, n_units)
+        """
+        return uniform_coalitions(n_units, n, rng=rng, exclude=exclude)
 
     def attribute(
         self, value_function: ValueArrayFunction, n_units: int, *, budget: int, rng: np.random.Generator

@@ -44,6 +44,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitMask:
+    """Which units of a whole prompt a model shall not look at; for backends that say ``masks_units`` only.
+
+    Parameters
+    ----------
+    spans : tuple of (int, int)
+        Where each unit begins and ends in the prompt, in characters; in order, without overlap.
+    kept : tuple of bool, shape (n_units,)
+        Which of them stay visible.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    kept: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Ask for ``log P(candidate | prompt)`` of every candidate.
 
@@ -54,10 +70,14 @@ class ScoreRequest:
         candidate is the beginning of the assistant's turn.
     candidates : tuple of str
         Exact continuations, white space included (``" billing"``).
+    mask : UnitMask, optional
+        Asks for the candidates given the *whole* prompt with units hidden from the model's attention, which is
+        not the same as leaving them out. Whoever asks checks ``masks_units`` first.
     """
 
     prompt: Rendered
     candidates: tuple[str, ...]
+    mask: UnitMask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +161,11 @@ class Backend(Protocol):
         Must be known without loading weights, so that a fully recorded run loads none.
         """
         ...
+
+
+def masks_units(backend: Backend) -> bool:
+    """Whether a backend answers requests with a :class:`UnitMask`, and answers no others."""
+    return bool(getattr(backend, "masks_units", False))
 
 
 @runtime_checkable

@@ -204,7 +204,12 @@ _SUMMARY = {
     "after": _PROMPT,
     "zero_shot": Optional(_PERFORMANCE),
     "certificate": Optional(_CERTIFICATE),
-    "curve": {"split": STRING, "tau_line": NUMBER, "line_text": Optional(STRING), "points": ListOf(_CURVE_POINT)},
+    "curve": {
+        "split": STRING,
+        "tau_line": NUMBER,
+        "line_text": Optional(STRING),
+        "points": ListOf(_CURVE_POINT),
+    },
     "cleaning": Optional(_CLEANING),
     "screening": Optional(_SCREENING),
     "cost": _COST,

@@ -115,7 +115,9 @@ def _curve_labels(
             canvas.text(spot[0], spot[1], label, anchor=spot[2], size=13, classes=f"{colour} strong halo")
     if line is not None:
         tau = (view["certificate"] or {"tau": None})["tau"]
-        at_line = view["curve"]["line_text"] or ("line to hold" if tau is None else f"{t.fixed(tau, 2)} \u00d7 full prompt")
+        at_line = view["curve"]["line_text"] or (
+            "line to hold" if tau is None else f"{t.fixed(tau, 2)} \u00d7 full prompt"
+        )
         at_line += f": {show(line)}"
         right = canvas.width - 14
         spot = labels.place(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ from . import identity as files
 from .engine import TrieEngine, choose_limits
 from .generation import Growing, grow
 from .loading import Device, Dtype, load_model, pick_device
+from .masked import masked_batch
 from .plain import PlainEngine, choose_engine, grow_plainly
 from .threads import choose_threads, import_torch, use_threads
-from .tokens import EncodedRequest, TextTokenizer, batch_trie, encode_requests
+from .tokens import Batch, EncodedRequest, TextTokenizer, encode_requests, make_batch
 from .trie import IntArray
 
 __all__ = ["TransformersBackend"]
 
 ENGINE_VERSION = 1
+APPROXIMATION = "masked-demonstrations-1"
 _DTYPES = ("float32", "bfloat16", "auto")
 _DEVICES = ("auto", "cpu", "cuda")
 _TEXTS_AT_ONCE = 16
@@ -68,6 +71,10 @@ class TransformersBackend:
         Bytes for everything besides the weights; by default a quarter of the free memory.
     threads : int, optional
         CPU threads; by default a measurement at load decides between one and all cores.
+    approximate : bool
+        Read the whole prompt's demonstrations once, and make coalitions by hiding demonstrations from the
+        attention of what follows them (see Notes). A different model for every purpose: its name ends in
+        ``~masked``, its answers are recorded apart, and it has to pass the screen by itself.
     name : str, optional
         What to call the backend; by default ``transformers:`` and the model's name.
 
@@ -105,8 +112,11 @@ class TransformersBackend:
         max_batch_tokens: int | None = None,
         memory_budget: int | None = None,
         threads: int | None = None,
+        approximate: bool = False,
         name: str | None = None,
     ) -> None:
+        if not isinstance(approximate, bool):
+            raise InputError(f"approximate: {approximate!r} is neither true nor false.", hint="Leave it out.")
         if dtype not in _DTYPES:
             raise InputError(f"dtype: {dtype!r} is not one of {_DTYPES}.", hint="Take 'float32' on a CPU.")
         if device not in _DEVICES:
@@ -123,6 +133,7 @@ class TransformersBackend:
         self._chat_template = chat_template
         self._max_batch_tokens, self._memory_budget = max_batch_tokens, memory_budget
         self._threads = threads
+        self._approximate = approximate
         self._name = name
         self._known: dict[ScoreRequest, EncodedRequest] = {}
 
@@ -131,7 +142,12 @@ class TransformersBackend:
         """What a person calls the model."""
         folder = Path(self._source).expanduser()
         label = folder.resolve().name if folder.is_dir() else self._source
-        return self._name or f"transformers:{label}"
+        return (self._name or f"transformers:{label}") + ("~masked" if self._approximate else "")
+
+    @property
+    def masks_units(self) -> bool:
+        """Whether requests come as whole prompts with a :class:`~proxyprompt.backends.base.UnitMask`."""
+        return self._approximate
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -151,6 +167,7 @@ class TransformersBackend:
             "dtype": self._dtype_name(),
             "chat_template": self._chat_template,
             "engine": ENGINE_VERSION,
+            **({"approximate": APPROXIMATION} if self._approximate else {}),
         }
 
     @cached_property
@@ -172,8 +189,9 @@ class TransformersBackend:
             As :meth:`score`.
         """
         encoded = self._encode(requests)
-        self._known = dict(zip(requests, encoded, strict=True))
-        return Plan(len(requests), batch_trie(encoded).n_nodes, sum(item.n_naive for item in encoded))
+        self._known = {_unmasked(request): item for request, item in zip(requests, encoded, strict=True)}
+        batch = self._batch(requests, encoded)
+        return Plan(len(requests), batch.trie.n_nodes, batch.n_naive)
 
     def score(
         self,
@@ -194,8 +212,8 @@ class TransformersBackend:
         BackendError
             If a prompt is longer than the model's context, or the model cannot be loaded.
         """
-        encoded = self._encode(requests)
-        return self._score(encoded, on_send, on_tokens)
+        batch = self._batch(requests, self._encode(requests))
+        return self._score(batch, on_send, on_tokens)
 
     def generate(
         self,
@@ -216,6 +234,11 @@ class TransformersBackend:
         BackendError
             If a prompt and its continuation are longer than the model's context.
         """
+        if self._approximate:
+            raise InputError(
+                f"approximate: {self.name} scores given answers only and writes no text.",
+                hint="Leave approximate out for tasks that generate.",
+            )
         growing = self._start_texts(requests)
         return self._generate(growing, on_send, on_tokens)
 
@@ -279,10 +302,21 @@ class TransformersBackend:
     # The work.
 
     def _encode(self, requests: Sequence[ScoreRequest]) -> list[EncodedRequest]:
-        encoded = encode_requests(self._tokenizer, requests, self._known)
+        masked = [index for index, request in enumerate(requests) if request.mask is not None]
+        if masked and not self._approximate:
+            raise InputError(
+                f"requests[{masked[0]}].mask: only the approximate mode hides units of a prompt.",
+                hint="Give approximate=True, or render the units away.",
+            )
+        encoded = encode_requests(self._tokenizer, [_unmasked(r) for r in requests], self._known)
         for index, item in enumerate(encoded):
             self._check_length(item.n_read, f"requests[{index}]: the prompt with its longest candidate")
         return encoded
+
+    def _batch(self, requests: Sequence[ScoreRequest], encoded: Sequence[EncodedRequest]) -> Batch:
+        if self._approximate:
+            return masked_batch(self._tokenizer, requests, encoded)
+        return make_batch(encoded)
 
     def _check_length(self, tokens: int, what: str) -> None:
         limit = files.context_limit(self._config)
@@ -293,14 +327,19 @@ class TransformersBackend:
             )
 
     def _score(
-        self, encoded: Sequence[EncodedRequest], on_send: OnSend | None, on_tokens: OnTokens | None
+        self, batch: Batch, on_send: OnSend | None, on_tokens: OnTokens | None
     ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
-        if not encoded:
+        trie = batch.trie
+        if not batch.n_prompt:
             return
-        trie = batch_trie(encoded)
         engine = self._engine
+        if self._approximate and not self.shares_prefixes:
+            raise BackendError(
+                f"approximate: the attention of {self.name} cannot be masked.",
+                hint="Leave approximate out; the model then runs exactly, prompt by prompt.",
+            )
         limits = choose_limits(self._model, trie.longest, self._max_batch_tokens, self._budget())
-        first = np.cumsum([0, *(len(item.tails) for item in encoded)])
+        first = np.cumsum([0, *batch.n_candidates])
         sums = np.zeros(first[-1])
         for block in engine.run(trie, limits, _announce(on_send), self._computing):
             np.add.at(sums, first[trie.read_owner[block.reads]] + trie.read_slot[block.reads], block.values)
@@ -308,7 +347,7 @@ class TransformersBackend:
                 on_tokens(block.n_tokens)
             if block.finished.size:
                 yield [
-                    (owner, _score_result(sums[first[owner] : first[owner + 1]], encoded[owner]))
+                    (owner, _score_result(sums[first[owner] : first[owner + 1]], batch.n_prompt[owner]))
                     for owner in block.finished.tolist()
                 ]
 
@@ -355,8 +394,12 @@ class TransformersBackend:
         grow(self._model, self._tokenizer, batch, limits, self._computing, on_tokens)
 
 
-def _score_result(sums: np.ndarray[Any, np.dtype[np.float64]], encoded: EncodedRequest) -> ScoreResult:
-    usage = Usage(prompt_tokens=encoded.n_prompt)
+def _unmasked(request: ScoreRequest) -> ScoreRequest:
+    return request if request.mask is None else replace(request, mask=None)
+
+
+def _score_result(sums: np.ndarray[Any, np.dtype[np.float64]], n_prompt: int) -> ScoreResult:
+    usage = Usage(prompt_tokens=n_prompt)
     if not np.isfinite(sums).all():
         nothing = (None,) * sums.size
         return ScoreResult(nothing, (False,) * sums.size, usage, error="the model gave non-finite numbers")

@@ -17,7 +17,15 @@ from proxyprompt.errors import BackendError, InputError
 from .pieces import PieceEncoder, may_cut
 from .trie import IntArray, Trie, build_trie
 
-__all__ = ["EncodedRequest", "TextTokenizer", "batch_trie", "encode_requests"]
+__all__ = [
+    "Batch",
+    "EncodedRequest",
+    "TextTokenizer",
+    "batch_trie",
+    "encode_requests",
+    "make_batch",
+    "shared_prefix",
+]
 
 _CHUNK = 2048
 # Below this many texts, looking through the vocabulary costs more than it saves.
@@ -52,6 +60,27 @@ class EncodedRequest:
     def n_naive(self) -> int:
         """Tokens that one pass per candidate would read."""
         return sum(int(self.body.size + tail.size) - 1 for tail in self.tails)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a batch of requests asks of an engine.
+
+    Attributes
+    ----------
+    trie : Trie
+        One owner per request, one slot per candidate.
+    n_prompt : tuple of int
+        Tokens of each prompt.
+    n_candidates : tuple of int
+    n_naive : int
+        Tokens that one full pass per prompt and candidate would read.
+    """
+
+    trie: Trie
+    n_prompt: tuple[int, ...]
+    n_candidates: tuple[int, ...]
+    n_naive: int
 
 
 class TextTokenizer:
@@ -215,6 +244,16 @@ def encode_requests(
     return [encoded[request] for request in requests]
 
 
+def make_batch(encoded: Sequence[EncodedRequest]) -> Batch:
+    """Share every prefix of a batch."""
+    return Batch(
+        batch_trie(encoded),
+        tuple(item.n_prompt for item in encoded),
+        tuple(len(item.tails) for item in encoded),
+        sum(item.n_naive for item in encoded),
+    )
+
+
 def batch_trie(encoded: Sequence[EncodedRequest]) -> Trie:
     """The trie of a batch: one owner per request, one slot per candidate."""
     paths: list[IntArray] = []
@@ -250,7 +289,7 @@ def _split(
                 f"requests[{index}].candidates: {candidate!r} adds no token to the prompt.",
                 hint="Every candidate must be visible to the model's tokenizer.",
             )
-    start = min(_shared(prompt, ids) for ids in sequences)
+    start = min(shared_prefix(prompt, ids) for ids in sequences)
     if start == 0:
         raise InputError(
             f"requests[{index}].prompt: nothing stands before the candidates for this tokenizer.",
@@ -265,7 +304,7 @@ def _split(
     return EncodedRequest(int(prompt.size), prompt[:start], tails)
 
 
-def _shared(left: IntArray, right: IntArray) -> int:
+def shared_prefix(left: IntArray, right: IntArray) -> int:
     size = min(left.size, right.size)
     different = np.flatnonzero(left[:size] != right[:size])
     return int(different[0]) if different.size else size

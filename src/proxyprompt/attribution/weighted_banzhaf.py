@@ -1,0 +1,188 @@
+"""Weighted Banzhaf values: what a unit adds to coalitions that keep most of the others."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from proxyprompt.coalitions import BoolArray, FloatArray, bernoulli_coalitions, enumerate_coalitions
+from proxyprompt.errors import InputError
+
+from .base import Attribution, Design, Explainer, summarize
+
+
+class WeightedBanzhaf(Explainer):
+    """Mean marginal contribution to random coalitions that keep each other unit with probability ``keep``.
+
+    Parameters
+    ----------
+    keep : float
+        In (0, 1). One half gives the Banzhaf value; near 1 the coalitions stay near the full prompt, which is where
+        the decision to drop a demonstration is made.
+    max_missing, max_dropped : float
+        As for :class:`Explainer`.
+
+    Notes
+    -----
+    ``phi_i = E[v(S + i) - v(S)]`` over ``S`` that holds each other unit with probability ``keep`` [1]_. Under that
+    law of the coalitions it is also the slope of the best linear approximation of ``v``, because the units are
+    independent: ``Cov(v, z_i) / Var(z_i) = E[v | z_i = 1] - E[v | z_i = 0]``. So least squares with an
+    intercept on drawn coalitions estimates all units at once, ``values`` being its slopes and ``intercept`` its
+    constant. Rows are distinct, so that none is paid for twice, which makes the estimate approximate: on a game of
+    pairs with 14 units and 70 rows it is 2 % low. The values do not add up to ``v(full) - v(empty)``; the empty and the full coalition are
+    evaluated for the record and not regressed on.
+
+    Why beside KernelSHAP: Shapley values give every size of coalition the same weight. A language model with one or two
+    demonstrations mostly repeats their label, so the smallest coalitions move the value by nats where
+    the ones near the full prompt move it by tenths, and at a budget of a few coalitions a unit that is what the
+    regression sees (``benchmarks/attribution/``).
+
+    ``se_coalitions`` is the heteroskedasticity-consistent error HC3 of the regression of the mean value [2]_; 0 when
+    all ``2**n`` coalitions are evaluated, weighted by their probability.
+
+    References
+    ----------
+    .. [1] Li & Yu, "Robust Data Valuation with Weighted Banzhaf Values", 2023.
+    .. [2] MacKinnon & White, "Some heteroskedasticity-consistent covariance matrix estimators with improved finite
+       sample properties", 1985.
+
+    Examples
+    --------
+    >>> from proxyprompt.testing import AdditiveGame
+    >>> game = AdditiveGame([0.5, -0.2, 0.1])
+    >>> WeightedBanzhaf().attribute(game, 3, budget=8, rng=np.random.default_rng(0)).mean.round(6).tolist()
+    [0.5, -0.2, 0.1]
+    """
+
+    method: ClassVar[str] = "weighted_banzhaf"
+
+    def __init__(self, keep: float = 0.8, *, max_missing: float = 0.05, max_dropped: float = 0.20) -> None:
+        super().__init__(max_missing=max_missing, max_dropped=max_dropped)
+        if not 0 < keep < 1:
+            raise InputError(f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual.")
+        self.keep = keep
+
+    @staticmethod
+    def smallest_budget(n_units: int) -> int:
+        """Fewest coalitions: both ends, one for each slope and the constant, and ten to judge the error by."""
+        return int(min(2**n_units, n_units + 13))
+
+    def design(self, n_units: int, budget: int, *, rng: np.random.Generator) -> Design:
+        """Draw ``budget - 2`` distinct coalitions, beside the empty and the full one.
+
+        Raises
+        ------
+        InputError
+            When the budget cannot determine the units.
+        """
+        smallest = self.smallest_budget(n_units)
+        if budget < smallest:
+            raise InputError(
+                f"budget={budget}: weighted Banzhaf values of {n_units} units need at least {smallest} coalitions.",
+                hint=f"Use {smallest} or more; {3 * n_units} gives tighter standard errors.",
+            )
+        ends = np.vstack([np.zeros(n_units, dtype=bool), np.ones(n_units, dtype=bool)])
+        if n_units <= 20 and budget >= 2**n_units:
+            rows = enumerate_coalitions(n_units)
+            kept = rows.sum(axis=1)
+            return Design(rows, self.keep**kept * (1 - self.keep) ** (n_units - kept), exact=True)
+        for _ in range(100):
+            rows = bernoulli_coalitions(n_units, budget - 2, keep=self.keep, rng=rng, exclude=ends)
+            design = Design(np.vstack([ends, rows]), np.r_[np.zeros(2), np.ones(len(rows))], exact=False)
+            if _hat(design.coalitions[2:]) is not None:
+                return design
+        raise InputError(
+            f"budget={budget}: 100 draws did not determine {n_units} units.", hint="Raise the budget, or lower keep."
+        )
+
+    def held_out(
+        self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray
+    ) -> BoolArray:
+        """Draw from the same law; see :meth:`Explainer.held_out`."""
+        return bernoulli_coalitions(n_units, n, keep=self.keep, rng=rng, exclude=exclude)
+
+    def fit(self, design: Design, values: ArrayLike) -> Attribution:
+        """Regress.
+
+        Parameters
+        ----------
+        design : Design
+            As :meth:`design` makes it.
+        values : array_like of float, shape (n_coalitions, n_queries)
+            NaN is missing.
+
+        Returns
+        -------
+        Attribution
+
+        Raises
+        ------
+        InputError
+            When the values have a wrong shape, or what is not missing does not determine the units.
+        InconclusiveError
+            When too many queries have missing values.
+        """
+        kept, _, dropped = self._complete_enough(design, values)
+        used = design.weights > 0
+        x = np.column_stack([np.ones(int(used.sum())), design.coalitions[used]])
+        root = np.sqrt(design.weights[used])
+        beta = _least_squares(x, root, kept[used])
+        se_coalitions, df = np.zeros(design.n_units), float("inf")
+        if not design.exact:
+            se_coalitions, df = _hc3(x, root, np.nanmean(kept[used] - x @ beta, axis=1))
+        slopes = beta[1:].T
+        mean, se, se_queries, se_coalitions = summarize(slopes, se_coalitions)
+        return Attribution(
+            values=slopes,
+            mean=mean,
+            standard_error=se,
+            se_queries=se_queries,
+            se_coalitions=se_coalitions,
+            base_values=kept[design.empty_row],
+            full_values=kept[design.full_row],
+            intercept=beta[0],
+            n_coalitions=design.n_coalitions,
+            exact=design.exact,
+            method=self.method,
+            settings={"keep": self.keep, "max_missing": self.max_missing, "max_dropped": self.max_dropped},
+            dropped_queries=dropped,
+            df_coalitions=df,
+        )
+
+
+def _hat(coalitions: BoolArray) -> NDArray[np.float64] | None:
+    """Leverages of least squares with an intercept; None when some row alone carries a unit."""
+    x = np.column_stack([np.ones(len(coalitions)), coalitions])
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    if len(s) < x.shape[1] or s[-1] < 1e-9 * s[0]:
+        return None
+    hat: FloatArray = (u**2).sum(axis=1)
+    return hat if (hat < 1 - 1e-6).all() else None
+
+
+def _least_squares(x: FloatArray, root: FloatArray, values: FloatArray) -> FloatArray:
+    """Coefficients, shape (1 + n_units, n_queries); missing rows are left out query by query."""
+    missing = np.isnan(values)
+    beta = np.linalg.lstsq(root[:, None] * x, root[:, None] * np.where(missing, 0.0, values), rcond=None)[0]
+    for query in np.flatnonzero(missing.any(axis=0)):
+        seen = ~missing[:, query]
+        own, _, rank, _ = np.linalg.lstsq(root[seen, None] * x[seen], root[seen] * values[seen, query], rcond=None)
+        if rank < x.shape[1]:
+            raise InputError(
+                f"Query {query} of those kept lacks {int((~seen).sum())} coalitions, and the others do not "
+                "determine the units.",
+                hint="Repeat the failed calls, or raise the budget.",
+            )
+        beta[:, query] = own
+    return np.asarray(beta, dtype=np.float64)
+
+
+def _hc3(x: FloatArray, root: FloatArray, residual: FloatArray) -> tuple[FloatArray, float]:
+    """HC3 standard errors of the slopes, and their degrees of freedom."""
+    inverse = np.linalg.pinv(root[:, None] * x)
+    hat = np.einsum("ij,ji->i", root[:, None] * x, inverse)
+    scaled = inverse * (root * np.nan_to_num(residual) / (1 - hat))
+    se: FloatArray = np.sqrt((scaled**2).sum(axis=1))[1:]
+    return se, float(max(len(x) - x.shape[1], 1))
