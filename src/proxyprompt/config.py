@@ -80,7 +80,7 @@ _SECTIONS: dict[str, frozenset[str]] = {
         {"method", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
     ),
     "attribution": frozenset({"explainer", "proxy_coalitions", "oracle_queries"}),
-    "clean": frozenset({"enabled", "level"}),
+    "clean": frozenset({"enabled", "level", "suspect_level", "max_suspects"}),
     "compress": frozenset({"max_evaluations", "keep"}),
     "budget": frozenset({"target_calls", "target_tokens"}),
     "price": frozenset({"input_per_million", "source"}),

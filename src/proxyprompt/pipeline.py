@@ -392,7 +392,12 @@ def _clean(run: _Run, explanation: Explanation) -> Cleaning:
     if not run.settings.clean:
         return Cleaning((), (), np.ones(run.prompt.n_units, dtype=np.bool_), run.settings.clean_level, 0)
     return clean(
-        attribution, run.on_target("select", "clean"), level=run.settings.clean_level, protected=run.protected
+        attribution,
+        run.on_target("select", "clean"),
+        level=run.settings.clean_level,
+        suspect_level=run.settings.suspect_level,
+        max_suspects=run.settings.max_suspects,
+        protected=run.protected,
     )
 
 

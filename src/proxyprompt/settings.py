@@ -42,7 +42,11 @@ class Settings:
     clean : bool
         Whether to look for harmful demonstrations.
     clean_level : float
-        Family-wise error level for flagging and for confirming.
+        Largest chance that any harmless demonstration is called harmful (family-wise, on the target).
+    suspect_level : float
+        Level at which a negative attribution makes a suspect, which the target is then asked about.
+    max_suspects : int
+        At most so many suspects; each costs the target two coalitions.
     max_evaluations : int
         Points of the compression path that the target is asked for.
     keep : tuple of str
@@ -70,6 +74,8 @@ class Settings:
     oracle_queries: int | None = None
     clean: bool = True
     clean_level: float = 0.05
+    suspect_level: float = 0.2
+    max_suspects: int = 12
     max_evaluations: int = 12
     keep: tuple[str, ...] = ()
     target_calls: int | None = None
@@ -82,7 +88,7 @@ class Settings:
         object.__setattr__(self, "keep", tuple(self.keep))
         for name in ("tau", "screening_tau"):
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1]", top=True)
-        for name in ("confidence", "screening_delta", "clean_level"):
+        for name in ("confidence", "screening_delta", "clean_level", "suspect_level"):
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1)")
         if self.explainer not in ("weighted_banzhaf", "kernel_shap", "leave_one_out"):
             raise InputError(

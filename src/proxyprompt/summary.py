@@ -230,7 +230,7 @@ def _judge(*, kept: bool, flagged: bool, confirmed: bool, useful: bool, removed_
     if not kept and flagged:
         return (
             "redundant",
-            "Suspected of harm; the target did not confirm that. The prompt does as well without it.",
+            "Suspected of harm, which the target did not confirm. It does as well without it.",
         )
     if not kept:
         return "redundant", "The target does as well without it, given the demonstrations that stay."
@@ -325,12 +325,12 @@ def _cleaning(result: Result) -> dict[str, Any] | None:
     if not result.settings.clean:
         return None
     if not flagged:
-        text = "No demonstration has a negative attribution with confidence; nothing was suspected."
+        text = "No demonstration has an attribution clearly below zero; nothing was suspected."
     else:
         text = (
-            f"{len(flagged)} of {len(ids)} demonstrations have a negative attribution with confidence"
-            f" (family-wise error level {cleaning.level:g}). On {cleaning.n_queries} other queries the target"
-            f" confirmed {len(confirmed)} of them."
+            f"{len(flagged)} of {len(ids)} demonstrations were suspected for their negative attribution and put to the"
+            f" test: on {cleaning.n_queries} other queries the target confirmed {len(confirmed)} of them (chance of"
+            f" confirming any harmless one at most {cleaning.level:g})."
         )
     rounds = [
         {

@@ -1,8 +1,10 @@
 """Remove demonstrations that do harm on these queries [PE 5.2].
 
-The paper removes every demonstration with a negative attribution. Here one must be negative *with
-confidence* (Holm over all demonstrations), and its harm must show again on the target model itself, on
-queries that the attribution did not use (Holm over the suspects).
+The paper removes every demonstration with a negative attribution. Here a negative attribution makes a *suspect*, and
+a suspect goes only if the target model itself, on queries that the attribution did not use, does better without
+it, with Holm's correction over the suspects. The error rate of a removal is that of this second, independent
+test alone, so the first may be generous: a suspect that is put to the test without need costs two
+coalitions, one that is overlooked stays in the prompt.
 
 What a removed demonstration is called is "harmful on these queries": it may be honest and merely unhelpful.
 """
@@ -67,7 +69,7 @@ class Cleaning:
     Attributes
     ----------
     flagged : tuple of int
-        Units whose attribution is negative with confidence.
+        Suspects: units whose attribution is negative at a generous level, lowest p first.
     confirmations : tuple of Confirmation
         One for each flagged unit, in the order of ``flagged``.
     kept : bool (n_units,)
@@ -89,18 +91,24 @@ class Cleaning:
         return tuple(c.unit for c in self.confirmations if c.confirmed)
 
 
-def suspects(attribution: Attribution, *, level: float = 0.05) -> tuple[int, ...]:
-    """Units whose mean attribution is below zero with confidence, most negative first.
+def suspects(attribution: Attribution, *, level: float = 0.2, most: int | None = None) -> tuple[int, ...]:
+    """Units worth testing on the target: mean attribution below zero at a generous level, lowest p first.
 
     Parameters
     ----------
     attribution : Attribution
     level : float
-        Family-wise error level; one-sided t test of ``mean >= 0`` per unit, Holm's correction.
+        Of each unit's one-sided t test of ``mean >= 0``; not corrected, see the module's text.
+    most : int, optional
+        At most so many.
+
+    Returns
+    -------
+    tuple of int
     """
-    mean = attribution.mean
-    flagged = np.flatnonzero(holm(attribution.p_values(), level))
-    return tuple(int(i) for i in sorted(flagged, key=lambda i: (mean[i], i)))
+    p = attribution.p_values()
+    order = sorted((int(i) for i in np.flatnonzero(p < level)), key=lambda i: (p[i], i))
+    return tuple(order[:most])
 
 
 def clean(
@@ -108,6 +116,8 @@ def clean(
     evaluate: EvaluateTarget | None,
     *,
     level: float = 0.05,
+    suspect_level: float = 0.2,
+    max_suspects: int = 12,
     protected: tuple[int, ...] = (),
 ) -> Cleaning:
     """Flag suspects by attribution and confirm each on the target model.
@@ -119,7 +129,9 @@ def clean(
         Target values of coalitions of the *whole* prompt, on queries not used for the attribution. ``None``:
         nothing can be confirmed, so nothing is removed.
     level : float
-        For flagging and for confirming, family-wise each.
+        Largest chance that any harmless suspect is confirmed (family-wise).
+    suspect_level, max_suspects
+        Who is put to the test; see :func:`suspects`.
     protected : tuple of int
         Units that must stay.
 
@@ -142,7 +154,8 @@ def clean(
     if not 0.0 < level < 1.0:
         raise InputError(f"level: got {level!r}; it lies in (0, 1).")
     n = attribution.n_units
-    flagged = tuple(i for i in suspects(attribution, level=level) if i not in protected)
+    found = suspects(attribution, level=suspect_level)
+    flagged = tuple(i for i in found if i not in protected)[:max_suspects]
     if not flagged or evaluate is None:
         return Cleaning(flagged, (), np.ones(n, dtype=np.bool_), level, 0)
     values = evaluate(_plan(n, flagged))

@@ -20,7 +20,7 @@ import numpy as np
 from proxyprompt.backends.base import ScoreRequest, UnitMask
 from proxyprompt.errors import InputError
 
-from .tokens import Batch, EncodedRequest, TextTokenizer, batch_trie, make_batch, shared_prefix
+from .tokens import Batch, EncodedRequest, TextTokenizer, batch_trie, make_batch
 from .trie import BoolArray, IntArray, Pass, Tile, Trie
 
 __all__ = ["MaskedRequest", "MaskedTrie", "mask_requests", "masked_trie"]
@@ -81,25 +81,22 @@ def mask_requests(
 ) -> list[MaskedRequest]:
     """Find the tokens of each request's hidden units.
 
-    A token that reaches over the beginning of a unit counts as the unit's.
+    A token that reaches over the end of a unit counts to what follows it.
 
     Raises
     ------
     InputError
         For a request without units, of chat turns, or without a query behind its units.
     """
-    read: dict[str, IntArray] = {}
-    places: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
+    places: dict[tuple[int, tuple[tuple[int, int], ...]], IntArray] = {}
     masked = []
     for index, (request, whole) in enumerate(zip(requests, encoded, strict=True)):
         text, mask = _check(request, index)
         # Requests that differ in their masks alone share one EncodedRequest.
         key = (id(whole), mask.spans)
         if key not in places:
-            places[key] = [
-                (_before(tokenizer, text[:begin], whole, read), _before(tokenizer, text[:end], whole, read))
-                for begin, end in mask.spans
-            ]
+            ends = tokenizer.ends(text)
+            places[key] = np.searchsorted(ends, np.asarray(mask.spans), side="right")
         masked.append(_hide(whole, places[key], mask.kept, index))
     return masked
 
@@ -126,24 +123,16 @@ def _check(request: ScoreRequest, index: int) -> tuple[str, UnitMask]:
     return text, mask
 
 
-def _before(tokenizer: TextTokenizer, text: str, whole: EncodedRequest, read: dict[str, IntArray]) -> int:
-    """How many tokens of the whole prompt stand before the end of ``text``, its beginning."""
-    if text not in read:
-        read[text] = tokenizer.encode([text], special=True)[0]
-    return shared_prefix(read[text], whole.body)
-
-
-def _hide(
-    whole: EncodedRequest, places: Sequence[tuple[int, int]], kept: Sequence[bool], index: int
-) -> MaskedRequest:
-    n_trunk = places[-1][1]
-    if n_trunk >= whole.body.size or n_trunk == 0:
+def _hide(whole: EncodedRequest, places: IntArray, kept: Sequence[bool], index: int) -> MaskedRequest:
+    """Hide the units that do not stay; ``places``, shape (n_units, 2), holds their first and last token + 1."""
+    n_trunk = int(places[-1, 1])
+    if not 0 < n_trunk < whole.body.size:
         raise InputError(
-            f"requests[{index}]: the tokenizer sees nothing of the prompt before or behind its last unit.",
+            f"requests[{index}]: nothing of the prompt stands behind its last unit.",
             hint="The approximate mode needs a query behind the demonstrations.",
         )
     hidden = np.zeros(n_trunk, dtype=bool)
-    for (begin, end), stays in zip(places, kept, strict=True):
+    for (begin, end), stays in zip(places.tolist(), kept, strict=True):
         hidden[begin:end] = not stays
     return MaskedRequest(whole, n_trunk, hidden)
 

@@ -24,7 +24,6 @@ __all__ = [
     "batch_trie",
     "encode_requests",
     "make_batch",
-    "shared_prefix",
 ]
 
 _CHUNK = 2048
@@ -197,6 +196,14 @@ class TextTokenizer:
                 self._may_cut = all(np.array_equal(ours, whole) for ours, whole in both)
         return self._pieces if self._may_cut else None
 
+    def ends(self, text: str) -> IntArray:
+        """Where each token of a text ends, in characters, special tokens in front included; ascending."""
+        # Beginnings would not do: byte-level tokenizers report them without the white space in front.
+        offsets = self.raw.encode(text, add_special_tokens=True).offsets
+        ends = np.asarray([end for _, end in offsets[: len(offsets) - self._n_after]], dtype=np.int64)
+        ascending: IntArray = np.maximum.accumulate(ends)
+        return ascending
+
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Text of ``ids`` as they read behind ``after``, special tokens left out."""
         # Some decoders strip the space in front of a text's first word, which is not ours to lose here.
@@ -289,7 +296,7 @@ def _split(
                 f"requests[{index}].candidates: {candidate!r} adds no token to the prompt.",
                 hint="Every candidate must be visible to the model's tokenizer.",
             )
-    start = min(shared_prefix(prompt, ids) for ids in sequences)
+    start = min(_shared(prompt, ids) for ids in sequences)
     if start == 0:
         raise InputError(
             f"requests[{index}].prompt: nothing stands before the candidates for this tokenizer.",
@@ -304,7 +311,7 @@ def _split(
     return EncodedRequest(int(prompt.size), prompt[:start], tails)
 
 
-def shared_prefix(left: IntArray, right: IntArray) -> int:
+def _shared(left: IntArray, right: IntArray) -> int:
     size = min(left.size, right.size)
     different = np.flatnonzero(left[:size] != right[:size])
     return int(different[0]) if different.size else size
