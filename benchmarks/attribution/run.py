@@ -37,7 +37,9 @@ TECHNIQUES: dict[str, tuple[Explainer, int]] = {
 
 def answer_key() -> np.ndarray:
     """Which demonstrations are mislabelled, bool (n_units,)."""
-    rows = (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (
+        (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return np.array([json.loads(row)["note"].startswith("mislabelled") for row in rows if row])
 
 
@@ -87,7 +89,9 @@ def main() -> None:
     body = {
         "command": "python benchmarks/attribution/run.py",
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {n: metadata.version(n) for n in ("proxyprompt-core", "torch", "transformers", "numpy", "scipy")},
+        "versions": {
+            n: metadata.version(n) for n in ("proxyprompt-core", "torch", "transformers", "numpy", "scipy")
+        },
         "n_demonstrations": int(config.prompt.n_units),
         "n_mislabelled": int(wrong.sum()),
         "n_queries": len(queries),
@@ -107,8 +111,8 @@ def markdown(body: dict[str, Any]) -> str:
         f"`{body['command']}`, {body['date']}; {versions}; CPU, fp32. {body['n_demonstrations']} demonstrations,"
         f" {body['n_mislabelled']} mislabelled, {body['n_queries']} queries, one draw of coalitions.",
         "",
-        "AUC: chance that a mislabelled demonstration gets a lower attribution than another one (0.5 is chance). Ranks: places of"
-        " the mislabelled ones, 0 is lowest. SE: median standard error of the mean attribution from the choice of"
+        "AUC: chance that a mislabelled demonstration gets a lower attribution than another one (0.5 is chance). Ranks:"
+        " places of the mislabelled ones, 0 is lowest. SE: median standard error of the mean attribution from the choice of"
         " coalitions / from the choice of queries, in nats.",
         "",
         "| technique | coalitions | "

@@ -25,7 +25,15 @@ HERE = Path(__file__).parent
 
 def once(out: Path) -> tuple[dict[str, Any], str, float]:
     """Run the demo as a user would; its JSON, its notes and its seconds."""
-    command = [sys.executable, "-c", "from proxyprompt.cli import main; main()", "demo", "--json", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from proxyprompt.cli import main; main()",
+        "demo",
+        "--json",
+        "--out",
+        str(out),
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
@@ -39,11 +47,16 @@ def processor() -> str:
     name = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next((x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), name)
+        name = next(
+            (x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")),
+            name,
+        )
     return f"{name or 'unknown'}, {len(os.sched_getaffinity(0))} cores"
 
 
-def result(first: dict[str, Any], second: dict[str, Any], notes: str, seconds: tuple[float, float]) -> dict[str, Any]:
+def result(
+    first: dict[str, Any], second: dict[str, Any], notes: str, seconds: tuple[float, float]
+) -> dict[str, Any]:
     """The figures worth keeping."""
     summary = first["summary"]
     screened = summary["screening"]["proxies"] if summary["screening"] else []
@@ -61,7 +74,18 @@ def result(first: dict[str, Any], second: dict[str, Any], notes: str, seconds: t
         "verdict": summary["verdict"],
         "explained_by": summary["explained_by"],
         "screening": [
-            {k: p[k] for k in ("name", "decision", "n_used", "mean_q_proxy", "mean_q_oracle", "agreement", "rank_correlation")}
+            {
+                k: p[k]
+                for k in (
+                    "name",
+                    "decision",
+                    "n_used",
+                    "mean_q_proxy",
+                    "mean_q_oracle",
+                    "agreement",
+                    "rank_correlation",
+                )
+            }
             | {"paper_rule": p["paper_rule"] and {k: p["paper_rule"][k] for k in ("decision", "n_used")}}
             for p in screened
         ],
@@ -70,7 +94,9 @@ def result(first: dict[str, Any], second: dict[str, Any], notes: str, seconds: t
         "zero_shot_on_select": summary["zero_shot"],
         "harmful_confirmed": [d["id"] for d in summary["demonstrations"] if d["verdict"] == "harmful"],
         "removed": first["removed"],
-        "certificate": {k: v for k, v in (summary["certificate"] or {}).items() if k not in ("sealed_digest",)},
+        "certificate": {
+            k: v for k, v in (summary["certificate"] or {}).items() if k not in ("sealed_digest",)
+        },
         "curve": summary["curve"],
         "cost": {k: v for k, v in summary["cost"].items() if k != "stages"},
         "mislabelled_on_purpose": mislabelled(),
@@ -81,7 +107,9 @@ def mislabelled() -> list[str]:
     """Ids that the demo's data marks as mislabelled; the tool never sees the mark."""
     from importlib.resources import files
 
-    rows = (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (
+        (files("proxyprompt") / "demo_data" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return [r["id"] for r in map(json.loads, filter(None, rows)) if r["note"].startswith("mislabelled")]
 
 
@@ -96,8 +124,8 @@ def markdown(r: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in sorted(r["versions"].items()))
         + ".",
         "",
-        f"- First run {r['seconds_first_run']:.0f} s, second run {r['seconds_second_run']:.0f} s (weights converted before);"
-        f" target calls bought: {r['target_calls_bought'][0]}, then {r['target_calls_bought'][1]}.",
+        f"- First run {r['seconds_first_run']:.0f} s, second run {r['seconds_second_run']:.0f} s (weights converted"
+        f" before); target calls bought: {r['target_calls_bought'][0]}, then {r['target_calls_bought'][1]}.",
         *(f"- {line}" for line in r["backdrop"]),
         f"- Verdict: {r['verdict']['headline']}.",
         f"- Sealed queries: {percent(r['before']['performance'])} with {r['before']['n_demonstrations']} demonstrations"
@@ -111,9 +139,9 @@ def markdown(r: dict[str, Any]) -> str:
     for p in r["screening"]:
         rank = "n/a" if p["rank_correlation"] is None else f"{p['rank_correlation']:.2f}"
         lines.append(
-            f"- Screen of {p['name']}: {p['decision']} after {p['n_used']} pairs; fidelity {p['mean_q_proxy']:.3f} against the"
-            f" oracle's {p['mean_q_oracle']:.3f}; same prediction on {p['agreement']:.0%} of the queries; rank correlation of"
-            f" attributions {rank}; the paper's rule on the same pairs: {p['paper_rule']['decision']} after"
+            f"- Screen of {p['name']}: {p['decision']} after {p['n_used']} pairs; fidelity {p['mean_q_proxy']:.3f}"
+            f" against the oracle's {p['mean_q_oracle']:.3f}; same prediction on {p['agreement']:.0%} of the queries; rank"
+            f" correlation of attributions {rank}; the paper's rule on the same pairs: {p['paper_rule']['decision']} after"
             f" {p['paper_rule']['n_used']}."
         )
     return "\n".join(lines) + "\n"

@@ -68,7 +68,66 @@ def write_table(results: dict[str, Any], file: Path) -> None:
                     f"| {model['model']} | {row['name']} | {row['batch']} | {row['wall']:.0f} "
                     f"({_share(row['share'])}) | {row['wall'] / ours:.1f} |"
                 )
+    lines += _details(results)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _details(results: dict[str, Any]) -> list[str]:
+    """What was measured besides time: arithmetic, threads, exactness, number types, the masked mode, memory."""
+    size = " / ".join(map(str, results["centre"]))
+    found = ["", "Arithmetic, threads and number types:", ""]
+    found += [
+        "| model | tokens/s | GFLOP/s (of products of the same shapes) | 2 threads: s, wall × to naive "
+        "| max difference to naive (prompts) | bf16 engine: speed, max and mean off | int8: speed, max and mean off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in results["models"]:
+        (centre,) = (line for line in model["lines"] if list(line["size"]) == list(results["centre"]))
+        rate, two, types = model["arithmetic"], model["two_threads"], model["number_types"]
+        half, int8 = types["bfloat16"], types["int8"]
+        found.append(
+            f"| {model['model']} | {centre['engine']['tokens_per_second']:.0f} | {rate['engine_gflops']:.0f} of "
+            f"{rate['gemm_gflops']:.0f} ({rate['share_of_gemm']:.0%}) | {two['engine_wall']:.0f}, {two['ratio']:.1f} "
+            f"| {model['max_difference_to_naive']:.1e} ({model['prompts_compared']}) "
+            f"| {half['speed']:.1f} ×, {half['max']:.2f}, {half['mean']:.3f} "
+            f"| {int8['speed']:.1f} ×, {int8['max']:.2f}, {int8['mean']:.2f} |"
+        )
+    one = results.get("random")
+    if one:
+        rate = one["arithmetic"]
+        found.append(
+            f"| {one['model']} | {one['engine']['tokens_per_second']:.0f} | {rate['engine_gflops']:.0f} of "
+            f"{rate['gemm_gflops']:.0f} ({rate['share_of_gemm']:.0%}) | | {one['max_difference_to_naive']:.1e} (1) | | |"
+        )
+    found += ["", f"Approximate mode (`approximate=True`) against the exact engine, {size}:", ""]
+    found += [
+        "| model | queries compared | correlation of values; of their means | max and mean difference, nats "
+        "| with all kept | rank correlation of KernelSHAP attributions | tokens/s, exact tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in results["models"]:
+        one = model["approximate"]
+        found.append(
+            f"| {model['model']} | {one['queries_compared']} | {one['correlation_of_values']:.2f}; "
+            f"{one['correlation_of_mean_values']:.2f} | {one['max_difference']:.1f}, {one['mean_difference']:.2f} "
+            f"| {one['difference_with_all_kept']:.0e} | {one['rank_correlation_of_attributions']:.2f} "
+            f"| {one['tokens_per_second']:.0f}, {one['tokens_per_second_exact']:.0f} |"
+        )
+    found += ["", "| model | case | masked tokens | exact tokens | fewer by |", "|---|---|---|---|---|"]
+    for model in results["models"]:
+        for case, (masked, exact) in model["approximate"]["tokens_masked_and_exact"].items():
+            found.append(f"| {model['model']} | {case} | {masked:,} | {exact:,} | {exact / masked:.1f} |")
+    if "memory" in results:
+        found += [
+            "",
+            f"Peak memory of a fresh process, SmolLM2, {size} with other numbers of coalitions:",
+            "",
+        ]
+        found += ["| coalitions | MiB after loading and a small batch | MiB at most |", "|---|---|---|"]
+        found += [
+            f"| {m['coalitions']} | {m['loaded_mib']:.0f} | {m['peak_mib']:.0f} |" for m in results["memory"]
+        ]
+    return found
 
 
 def write_figures(results: dict[str, Any], folder: Path) -> None:

@@ -267,10 +267,14 @@ def bernoulli_coalitions(
     ((50, 20), True)
     """
     if not 0 < keep < 1:
-        raise InputError(f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual.")
+        raise InputError(
+            f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual."
+        )
     n_units = check_n_units(n_units)
     if n_units > _SMALL or n < 1:
-        excluded = np.zeros((0, n_units), dtype=bool) if exclude is None else check_coalitions(exclude, "exclude")
+        excluded = (
+            np.zeros((0, n_units), dtype=bool) if exclude is None else check_coalitions(exclude, "exclude")
+        )
         if n >= 1 and excluded.shape[1] == n_units:
             return _draw_distinct(lambda size: rng.random((size, n_units)) < keep, n, set(row_keys(excluded)))
     allowed = uniform_coalitions(n_units, n, rng=rng, exclude=exclude)  # raises what is wrong

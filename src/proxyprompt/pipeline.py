@@ -408,8 +408,6 @@ def _compress(run: _Run, explanation: Explanation, cleaning: Cleaning) -> Compre
         path,
         run.on_target("select", "compress"),
         tau=run.settings.tau,
-        n_sealed=len(run.splits["sealed"]),
-        level=run.settings.level,
         max_evaluations=run.settings.max_evaluations,
     )
 
@@ -427,6 +425,7 @@ def _certify(run: _Run, compression: Compression) -> Certificate:
         query_digest=run.splits.digest("sealed"),
         full_score=compression.full.performance,
         right_or_wrong=run.task.right_or_wrong,
+        cleaned_bar=compression.cleaned_is_better,
     )
 
 

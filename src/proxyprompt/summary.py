@@ -312,7 +312,7 @@ def _curve(result: Result) -> dict[str, Any]:
     return {
         "split": "select",
         "tau_line": path.tau * path.reference,
-        "line_text": f"{path.tau:.2f} \u00d7 {'cleaned' if path.reference > path.full.performance else 'full'} prompt",
+        "line_text": f"{path.tau:.2f} \u00d7 {'cleaned' if path.cleaned_is_better else 'full'} prompt",
         "points": [*reversed(points), point(path.full, full=True)],
     }
 
@@ -324,8 +324,12 @@ def _cleaning(result: Result) -> dict[str, Any] | None:
     confirmed = [ids[i] for i in cleaning.removed]
     if not result.settings.clean:
         return None
+    intro = (
+        "A demonstration is called harmful only if the target itself, on queries that the attribution did not use, does"
+        " better without it."
+    )
     if not flagged:
-        text = "No demonstration has an attribution clearly below zero; nothing was suspected."
+        intro = text = "No demonstration has an attribution clearly below zero; nothing was suspected."
     else:
         text = (
             f"{len(flagged)} of {len(ids)} demonstrations were suspected for their negative attribution and put to the"
@@ -340,7 +344,7 @@ def _cleaning(result: Result) -> dict[str, Any] | None:
             "text": text,
         }
     ]
-    return {"rounds": rounds if flagged else [], "text": text}
+    return {"rounds": rounds if flagged else [], "text": intro}
 
 
 _PATH_NAMES = {"betting": "log of the wealth (nats)", "paper": "mean difference"}

@@ -20,7 +20,9 @@ def values(rows: np.ndarray, rng: np.random.Generator, *, right_or_wrong: bool) 
     if right_or_wrong:
         utility = (utility > 0).astype(float)
     zeros = np.zeros(utility.shape, dtype=np.int64)
-    return Values(rows, utility, utility, zeros, None, zeros, "accuracy" if right_or_wrong else "log-probability")
+    return Values(
+        rows, utility, utility, zeros, None, zeros, "accuracy" if right_or_wrong else "log-probability"
+    )
 
 
 @pytest.mark.parametrize("right_or_wrong", [False, True])
@@ -32,7 +34,9 @@ def test_false_removals_are_at_most_their_level(right_or_wrong: bool) -> None:
         attribution = WeightedBanzhaf().fit(
             design, values(design.coalitions, rng, right_or_wrong=right_or_wrong).utility
         )
-        result = clean(attribution, lambda rows, rng=rng: values(rows, rng, right_or_wrong=right_or_wrong), level=0.05)
+        result = clean(
+            attribution, lambda rows, rng=rng: values(rows, rng, right_or_wrong=right_or_wrong), level=0.05
+        )
         removed += bool(result.removed)
         suspected += bool(result.flagged)
     # The first stage is generous on purpose, so that this test is about the second one.

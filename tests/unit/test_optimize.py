@@ -109,7 +109,7 @@ def test_compress_finds_the_smallest_prompt_above_tau() -> None:
         return 0.4 + 0.1 * np.minimum(rows[:, :5].sum(axis=1), 5)  # only the first five matter
 
     path = nested_path(np.array([5, 4.5, 4, 3.5, 3] + [0.1] * 15), np.ones(20, dtype=bool))
-    result = compress(path, planted(accuracy, 200, 3), tau=0.95, n_sealed=200, max_evaluations=14)
+    result = compress(path, planted(accuracy, 200, 3), tau=0.95, max_evaluations=14)
     assert result.chosen.n_kept == 5
     assert result.compression_ratio == pytest.approx(0.75)
     assert result.full.performance == pytest.approx(result.chosen.performance)
@@ -124,7 +124,7 @@ def test_compression_does_not_spend_what_cleaning_gained() -> None:
     start = np.ones(10, dtype=bool)
     start[[8, 9]] = False
     path = nested_path(np.linspace(1, 0.1, 10), start)
-    result = compress(path, planted(truth, 2000, 3), tau=0.95, n_sealed=100, max_evaluations=11)
+    result = compress(path, planted(truth, 2000, 3), tau=0.95, max_evaluations=11)
     assert result.reference == pytest.approx(0.76, abs=0.03)
     assert result.full.performance == pytest.approx(0.60, abs=0.03)
     assert result.chosen.n_kept >= 6
@@ -134,7 +134,7 @@ def test_compression_does_not_spend_what_cleaning_gained() -> None:
 def test_a_target_that_ignores_demonstrations_ends_with_the_empty_prompt(n: int) -> None:
     ignoring = planted(lambda rows: np.full(len(rows), 0.7), 100, 4)
     path = nested_path(np.zeros(n), np.ones(n, dtype=bool))
-    result = compress(path, ignoring, tau=0.9, n_sealed=150)
+    result = compress(path, ignoring, tau=0.9)
     assert result.chosen.n_kept == 0
     certificate = certify(
         [c.kept for c in result.candidates],
@@ -148,7 +148,7 @@ def test_a_target_that_ignores_demonstrations_ends_with_the_empty_prompt(n: int)
 def test_a_perfect_target_is_certified_down_to_nothing() -> None:
     perfect = planted(lambda rows: np.full(len(rows), 2.0), 60, 4)
     path = nested_path(np.zeros(4), np.ones(4, dtype=bool))
-    result = compress(path, perfect, tau=0.95, n_sealed=60)
+    result = compress(path, perfect, tau=0.95)
     assert result.chosen.n_kept == 0
     assert (
         certify(
@@ -180,6 +180,22 @@ def test_what_fails_ends_the_sequence_and_is_not_shipped() -> None:
     assert certificate.kept.sum() == 7
     assert asked == [8, 7, 4]  # the last candidate was never asked
     assert certificate.decision == "certified"
+
+
+def test_compression_must_hold_against_the_cleaned_prompt_as_well() -> None:
+    """Full .55, cleaned .90, smaller .70: better than the full prompt, and far below what cleaning had reached."""
+
+    def accuracy(rows: Rows) -> NDArray[np.float64]:
+        return np.select([rows.all(axis=1), rows.sum(axis=1) >= 7], [0.55, 0.9], 0.7)
+
+    rows = nested_path(np.zeros(8), np.ones(8, dtype=bool))
+    settings = {"n_units": 8, "tau": 0.9, "level": 0.05, "n_sealed": 200, "query_digest": "x"}
+    alone = certify([rows[1], rows[4]], planted(accuracy, 200, 1), **settings)
+    assert alone.kept.sum() == 4
+    both = certify([rows[1], rows[4]], planted(accuracy, 200, 1), cleaned_bar=True, **settings)
+    assert both.kept.sum() == 7
+    assert both.tests[1].bar == "cleaned"
+    assert not both.tests[1].passed
 
 
 def test_nothing_certified_means_the_original_prompt() -> None:
@@ -234,7 +250,7 @@ def test_missing_answers_are_inconclusive() -> None:
             [np.array([True, False])], holes, n_units=2, tau=0.9, level=0.05, n_sealed=50, query_digest="x"
         )
     with pytest.raises(InconclusiveError, match="timeout"):
-        compress(nested_path(np.zeros(2), np.ones(2, dtype=bool)), holes, n_sealed=50)
+        compress(nested_path(np.zeros(2), np.ones(2, dtype=bool)), holes)
 
 
 def test_wilson_interval() -> None:
@@ -253,7 +269,7 @@ def test_power_statement_speaks_of_the_sample(tau: float, score: float) -> None:
 
 def test_bad_settings() -> None:
     with pytest.raises(InputError, match="tau"):
-        compress(np.ones((1, 2), dtype=bool), planted(lambda r: np.full(len(r), 0.5), 5), tau=0, n_sealed=5)
+        compress(np.ones((1, 2), dtype=bool), planted(lambda r: np.full(len(r), 0.5), 5), tau=0)
     with pytest.raises(InputError, match="max_evaluations"):
         compress(
             np.ones((1, 2), dtype=bool),

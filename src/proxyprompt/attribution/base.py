@@ -356,9 +356,7 @@ class Explainer(ABC):
     def fit(self, design: Design, values: ArrayLike) -> Attribution:
         """Attribute ``values``, shape (n_coalitions, n_queries), to the units of ``design``."""
 
-    def held_out(
-        self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray
-    ) -> BoolArray:
+    def held_out(self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray) -> BoolArray:
         """Draw coalitions to judge the surrogate on, from the neighbourhood it is meant for [PE 4.2].
 
         Uniform over coalitions unless the technique has a neighbourhood of its own.

@@ -27,20 +27,20 @@ class WeightedBanzhaf(Explainer):
     Notes
     -----
     ``phi_i = E[v(S + i) - v(S)]`` over ``S`` that holds each other unit with probability ``keep`` [1]_. Under that
-    law of the coalitions it is also the slope of the best linear approximation of ``v``, because the units are
-    independent: ``Cov(v, z_i) / Var(z_i) = E[v | z_i = 1] - E[v | z_i = 0]``. So least squares with an
-    intercept on drawn coalitions estimates all units at once, ``values`` being its slopes and ``intercept`` its
-    constant. Rows are distinct, so that none is paid for twice, which makes the estimate approximate: on a game of
-    pairs with 14 units and 70 rows it is 2 % low. The values do not add up to ``v(full) - v(empty)``; the empty and the full coalition are
-    evaluated for the record and not regressed on.
+    law of the coalitions it is also the slope of the best linear approximation of ``v``, because the units
+    are independent: ``Cov(v, z_i) / Var(z_i) = E[v | z_i = 1] - E[v | z_i = 0]``. So least squares with an
+    intercept on drawn coalitions estimates all units at once, ``values`` being its slopes and ``intercept``
+    its constant. Rows are distinct, so that none is paid for twice, which makes the estimate approximate:
+    on a game of pairs with 14 units and 70 rows it is 2 % low. The values do not add up to
+    ``v(full) - v(empty)``; the empty and the full coalition are evaluated for the record and not regressed on.
 
-    Why beside KernelSHAP: Shapley values give every size of coalition the same weight. A language model with one or two
-    demonstrations mostly repeats their label, so the smallest coalitions move the value by nats where
-    the ones near the full prompt move it by tenths, and at a budget of a few coalitions a unit that is what the
-    regression sees (``benchmarks/attribution/``).
+    Why beside KernelSHAP: Shapley values give every size of coalition the same weight. A language model with
+    one or two demonstrations mostly repeats their label, so the smallest coalitions move the value by nats
+    where the ones near the full prompt move it by tenths, and with a few coalitions a unit that is what
+    the regression sees (``benchmarks/attribution/``).
 
-    ``se_coalitions`` is the heteroskedasticity-consistent error HC3 of the regression of the mean value [2]_; 0 when
-    all ``2**n`` coalitions are evaluated, weighted by their probability.
+    ``se_coalitions`` is the heteroskedasticity-consistent error HC3 of the regression of the mean value [2]_; 0
+    when all ``2**n`` coalitions are evaluated, weighted by their probability.
 
     References
     ----------
@@ -61,7 +61,9 @@ class WeightedBanzhaf(Explainer):
     def __init__(self, keep: float = 0.8, *, max_missing: float = 0.05, max_dropped: float = 0.20) -> None:
         super().__init__(max_missing=max_missing, max_dropped=max_dropped)
         if not 0 < keep < 1:
-            raise InputError(f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual.")
+            raise InputError(
+                f"keep={keep}: a probability strictly between 0 and 1 is needed.", hint="0.8 is usual."
+            )
         self.keep = keep
 
     @staticmethod
@@ -94,12 +96,11 @@ class WeightedBanzhaf(Explainer):
             if _hat(design.coalitions[2:]) is not None:
                 return design
         raise InputError(
-            f"budget={budget}: 100 draws did not determine {n_units} units.", hint="Raise the budget, or lower keep."
+            f"budget={budget}: 100 draws did not determine {n_units} units.",
+            hint="Raise the budget, or lower keep.",
         )
 
-    def held_out(
-        self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray
-    ) -> BoolArray:
+    def held_out(self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray) -> BoolArray:
         """Draw from the same law; see :meth:`Explainer.held_out`."""
         return bernoulli_coalitions(n_units, n, keep=self.keep, rng=rng, exclude=exclude)
 
@@ -168,7 +169,9 @@ def _least_squares(x: FloatArray, root: FloatArray, values: FloatArray) -> Float
     beta = np.linalg.lstsq(root[:, None] * x, root[:, None] * np.where(missing, 0.0, values), rcond=None)[0]
     for query in np.flatnonzero(missing.any(axis=0)):
         seen = ~missing[:, query]
-        own, _, rank, _ = np.linalg.lstsq(root[seen, None] * x[seen], root[seen] * values[seen, query], rcond=None)
+        own, _, rank, _ = np.linalg.lstsq(
+            root[seen, None] * x[seen], root[seen] * values[seen, query], rcond=None
+        )
         if rank < x.shape[1]:
             raise InputError(
                 f"Query {query} of those kept lacks {int((~seen).sum())} coalitions, and the others do not "

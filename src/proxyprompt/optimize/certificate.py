@@ -54,7 +54,10 @@ class CandidateTest:
     lower_bound : float
         One-sided lower confidence bound of that quantity.
     retained, retained_lower_bound : float or None
-        Candidate's performance as a share of the full prompt's, measured and as a one-sided lower bound.
+        Candidate's performance as a share of the bar's, measured and as a one-sided lower bound.
+    bar : {"full", "cleaned"}
+        What the numbers compare with: where the candidate must hold against both the full and the cleaned prompt,
+        the comparison that was harder to pass.
     evidence_name, evidence : str, float
         ``"p-value"`` of the exact test, or ``"e-value"`` of the bets.
     n_discordant : int
@@ -76,6 +79,7 @@ class CandidateTest:
     n_discordant: int
     retained: float | None = None
     retained_lower_bound: float | None = None
+    bar: str = "full"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Certificate:
         What so many sealed queries can show; known before they are asked.
     sealed_digest : str
         SHA-256 of the sealed queries.
+    cleaned_bar : bool
+        Whether candidates after the first also had to hold against the first, the cleaned prompt.
     """
 
     decision: str
@@ -110,6 +116,7 @@ class Certificate:
     tests: tuple[CandidateTest, ...]
     power_statement: str
     sealed_digest: str
+    cleaned_bar: bool = False
 
     @property
     def shipped(self) -> CandidateTest | None:
@@ -128,9 +135,10 @@ class Certificate:
                 f"On {self.n} sealed queries no candidate could be shown, at {1 - self.level:.0%} confidence, to keep"
                 f" {self.tau:.0%} of the full prompt's performance."
             )
+        also = " and of the cleaned prompt's" if self.cleaned_bar and shipped is not self.tests[0] else ""
         return (
             f"On {self.n} queries that no earlier step had seen, at {1 - self.level:.0%} confidence, the prompt with"
-            f" {shipped.n_kept} demonstrations keeps at least {self.tau:.0%} of the full prompt's performance."
+            f" {shipped.n_kept} demonstrations keeps at least {self.tau:.0%} of the full prompt's{also} performance."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,6 +153,7 @@ class Certificate:
             "tests": [asdict(t) | {"kept": [int(i) for i in np.flatnonzero(t.kept)]} for t in self.tests],
             "power_statement": self.power_statement,
             "sealed_digest": self.sealed_digest,
+            "cleaned_bar": self.cleaned_bar,
             "text": self.text,
         }
 
@@ -160,6 +169,7 @@ def certify(
     query_digest: str,
     full_score: float = 0.8,
     right_or_wrong: bool = True,
+    cleaned_bar: bool = False,
 ) -> Certificate:
     """Test nested candidates against the full prompt, mildest first.
 
@@ -183,6 +193,10 @@ def certify(
     right_or_wrong : bool
         Whether the metric gives 0 or 1 only (exact test) or any score in [0, 1] (betting). Said by the
         caller, because a sample that happens to hold only zeros and ones does not make a metric binary.
+    cleaned_bar : bool
+        The first candidate is the cleaned prompt and did better than the full one on other queries: later candidates
+        must keep ``tau`` of its performance as well, so that compression cannot spend what cleaning gained.
+        Both tests must pass, each at full level (an intersection-union test).
 
     Returns
     -------
@@ -208,15 +222,31 @@ def certify(
     full = reference.performance[0]
     tests: list[CandidateTest] = []
     open_sequence = True
+    cleaned: NDArray[np.float64] | None = None
     for kept in rows:
         if not open_sequence:
             tests.append(_untested(kept))
             continue
         values = evaluate(kept[None, :])
-        test = non_inferiority(
-            full, values.performance[0], tau=tau, level=level, method="exact" if right_or_wrong else "betting"
-        )
-        tests.append(_tested(kept, values, full, test))
+        bars = [("full", full)] + ([("cleaned", cleaned)] if cleaned is not None else [])
+        results = [
+            (
+                name,
+                bar,
+                non_inferiority(
+                    bar,
+                    values.performance[0],
+                    tau=tau,
+                    level=level,
+                    method="exact" if right_or_wrong else "betting",
+                ),
+            )
+            for name, bar in bars
+        ]
+        name, bar, test = max(results, key=lambda r: r[2].p_value)
+        tests.append(_tested(kept, values, bar, test, name))
+        if cleaned_bar and cleaned is None:
+            cleaned = values.performance[0]
         open_sequence = test.certified
     passed = [t for t in tests if t.passed]
     return Certificate(
@@ -229,6 +259,7 @@ def certify(
         tests=tuple(tests),
         power_statement=power,
         sealed_digest=query_digest,
+        cleaned_bar=cleaned_bar,
     )
 
 
@@ -259,7 +290,7 @@ def _measured(performance: NDArray[np.float64], tokens: NDArray[np.int64]) -> Me
 
 
 def _tested(
-    kept: NDArray[np.bool_], values: Values, full: NDArray[np.float64], test: NonInferiority
+    kept: NDArray[np.bool_], values: Values, full: NDArray[np.float64], test: NonInferiority, bar: str
 ) -> CandidateTest:
     mine = values.performance[0]
     measured = _measured(mine, values.prompt_tokens[0])
@@ -281,19 +312,23 @@ def _tested(
         n_discordant=discordant,
         retained=test.retained,
         retained_lower_bound=test.retained_lower_bound,
+        bar=bar,
     )
 
 
 def _untested(kept: NDArray[np.bool_]) -> CandidateTest:
-    zeros = dict.fromkeys(
-        ("performance", "low", "high", "tokens", "difference", "lower_bound", "evidence"), 0.0
-    )
     return CandidateTest(
         kept=kept,
         n_kept=int(kept.sum()),
         tested=False,
         passed=False,
+        performance=0.0,
+        low=0.0,
+        high=0.0,
+        tokens=0.0,
+        difference=0.0,
+        lower_bound=0.0,
         evidence_name="p-value",
+        evidence=1.0,
         n_discordant=0,
-        **zeros,
     )

@@ -20,6 +20,9 @@ from proxyprompt.value_function import Values
 
 __all__ = ["Compression", "PathPoint", "compress", "interval", "nested_path"]
 
+# Each candidate costs the target the whole sealed split.
+_MOST_CANDIDATES = 5
+
 EvaluateTarget: TypeAlias = Callable[[NDArray[np.bool_]], Values]
 
 
@@ -96,6 +99,11 @@ class Compression:
     n_queries: int
 
     @property
+    def cleaned_is_better(self) -> bool:
+        """Whether the bar is the cleaned prompt, not the full one."""
+        return self.reference > self.full.performance
+
+    @property
     def compression_ratio(self) -> float:
         """``1 - |S_kept| / |S|`` [PE 5.1] of the choice."""
         n = len(self.full.kept)
@@ -136,8 +144,6 @@ def compress(
     evaluate: EvaluateTarget,
     *,
     tau: float = 0.9,
-    n_sealed: int,
-    level: float = 0.05,
     max_evaluations: int = 12,
 ) -> Compression:
     """Measure the target along a nested path and choose the largest cut.
@@ -150,10 +156,6 @@ def compress(
         Target values of coalitions of the whole prompt, on the selection split.
     tau : float
         Share of the reference performance that must remain, in (0, 1].
-    n_sealed : int
-        Size of the sealed split; decides which cut is safe enough to be worth certifying first.
-    level : float
-        Level of the certificate to come.
     max_evaluations : int
         Points of the path to measure: an even grid first, then halving between the choice and the next
         smaller point that failed.
@@ -190,7 +192,7 @@ def compress(
         reference=float(np.nanmean(reference)),
         points=tuple(measured[s] for s in sorted(measured)),
         chosen=measured[chosen],
-        candidates=_candidates(measured, chosen, n_sealed, len(reference), level),
+        candidates=_candidates(measured, chosen),
         tau=tau,
         n_queries=len(reference),
     )
@@ -210,19 +212,13 @@ def _next_step(measured: dict[int, PathPoint], last: int) -> int | None:
     return (chosen + below) // 2
 
 
-def _candidates(
-    measured: dict[int, PathPoint], chosen: int, n_sealed: int, n_select: int, level: float
-) -> tuple[PathPoint, ...]:
-    """The cleaned start, the largest cut that should pass with room to spare, and the choice."""
-    from scipy.stats import norm
-
-    def margin(point: PathPoint) -> float:
-        sd = point.difference_se * np.sqrt(n_select)
-        return float(norm.isf(level) * sd / np.sqrt(n_sealed))
-
-    safe = [s for s, p in measured.items() if s <= chosen and p.difference >= 2.0 * margin(p)]
-    steps = sorted({min(measured), *([max(safe)] if safe else []), chosen})
-    return tuple(measured[s] for s in steps)
+def _candidates(measured: dict[int, PathPoint], chosen: int) -> tuple[PathPoint, ...]:
+    """The cleaned start, the choice, and some measured steps between them that held the line."""
+    good = sorted(
+        {min(measured), *(s for s, p in measured.items() if s <= chosen and p.difference >= 0), chosen}
+    )
+    picks = np.linspace(0, len(good) - 1, min(len(good), _MOST_CANDIDATES))
+    return tuple(measured[good[round(float(k))]] for k in picks)
 
 
 def _point(
