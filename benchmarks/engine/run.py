@@ -1,6 +1,7 @@
 """The prefix-sharing engine beside naive batches and three peers, on the same model and the same queries.
 
-    python benchmarks/engine/run.py            # about 20 minutes on two cores
+    python benchmarks/engine/run.py            # about 15 minutes on two cores
+    python benchmarks/engine/run.py --brief    # the same cases on smaller shares; about 8 minutes
     python benchmarks/engine/run.py --quick    # a minute, to see that it runs; writes to a temporary folder
 
 What is timed on a share of its work is listed in README.md and marked in the results.
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -496,6 +497,15 @@ FULL = Sizes(
     masked_queries=4,
     few_coalitions=12,
 )
+BRIEF = replace(
+    FULL,
+    tokens=1000,
+    pairs=6,
+    peer_samples=8,
+    centre_queries={"smollm2-135m": 8, "gemma-3-270m": 2},
+    masked_queries=2,
+    few_coalitions=6,
+)
 QUICK = Sizes(
     centre=(5, 18, 2),
     axes=((5, 6), (18, 20), (2, 3)),
@@ -537,6 +547,7 @@ def describe_machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shares; results go to a temporary folder")
+    parser.add_argument("--brief", action="store_true", help="the same cases on smaller shares")
     parser.add_argument("--out", type=Path, help="where results go (default: results/ beside this file)")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--memory-of", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -546,7 +557,7 @@ def main() -> None:
     if arguments.memory_of:
         memory_of(arguments.memory_of, arguments.tokens)
         return
-    sizes = QUICK if arguments.quick else FULL
+    sizes = QUICK if arguments.quick else BRIEF if arguments.brief else FULL
     out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.quick else HERE / "results")
     out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
@@ -554,7 +565,8 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - begun:5.0f} s] {text}", flush=True)
 
-    results: dict[str, Any] = {"machine": describe_machine(), "centre": sizes.centre, "models": []}
+    results: dict[str, Any] = {"machine": describe_machine(), "sizes": asdict(sizes), "centre": sizes.centre}
+    results["models"] = []
 
     def save() -> None:
         results["seconds"] = round(time.perf_counter() - begun)

@@ -118,6 +118,7 @@ def _execute(
     strict: bool = False,
     before: Callable[[Any, Any], None] | None = None,
 ) -> None:
+    from .backends.embedded import EmbeddedBackend
     from .ledger import Ledger
     from .outputs import prepare_folder, write_outputs
     from .pipeline import optimize_prompt
@@ -126,6 +127,9 @@ def _execute(
     folder = prepare_folder(config.output)
     started = time.monotonic()
     with _interruptible(folder), Ledger(folder / "ledger.db") as ledger, _Watch() as watch:
+        for backend in (config.target, *config.proxies):
+            if isinstance(backend, EmbeddedBackend):
+                backend.progress = watch.note
         if before is not None:
             before(ledger, watch)
         result = optimize_prompt(

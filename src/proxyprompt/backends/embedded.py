@@ -100,7 +100,7 @@ class EmbeddedBackend(TransformersBackend):
     cache_dir : path, optional
         Where converted models are kept; see :func:`embedded_model_path`.
     progress : callable, optional
-        Told in a sentence what takes long.
+        Told in a sentence what takes long; may be set later, as an attribute.
     **options
         As for :class:`~proxyprompt.backends.transformers.TransformersBackend`.
 
@@ -125,10 +125,10 @@ class EmbeddedBackend(TransformersBackend):
             )
         options.setdefault("name", f"embedded:{model}")
         super().__init__(model, **options)
-        self._cache_dir, self._progress = cache_dir, progress
+        self._cache_dir, self.progress = cache_dir, progress
 
     def _resolve(self) -> ModelFiles:
-        return ModelFiles(embedded_model_path(self._source, self._cache_dir, self._progress), None)
+        return ModelFiles(embedded_model_path(self._source, self._cache_dir, self.progress), None)
 
     def _describe(self) -> dict[str, Any]:
         # Known from the package alone, so that a recorded run converts nothing.
