@@ -180,7 +180,7 @@ def split_queries(
     ----------
     queries : sequence of (Query, split name or None)
     sizes : mapping, optional
-        Number of queries of each split. Default where the rows name none: one quarter to explain, one
+        Number of queries of each split; of splits that the rows name, the first of each reference in turn. Default where the rows name none: one quarter to explain, one
         quarter to select, half sealed.
     rng : numpy.random.Generator
 
@@ -195,7 +195,7 @@ def split_queries(
     if named:
         parts = {name: [q for q, split in queries if split == name] for name in SPLIT_NAMES}
         if sizes:
-            parts = {name: part[: sizes.get(name, len(part))] for name, part in parts.items()}
+            parts = {name: _stratified_head(part, sizes.get(name, len(part))) for name, part in parts.items()}
         return Splits(parts)
     n = len(queries)
     wanted = dict(sizes) if sizes else {"explain": n // 4, "select": n // 4, "sealed": n - 2 * (n // 4)}
@@ -210,6 +210,16 @@ def split_queries(
         parts[name] = [queries[i][0] for i in order[start : start + wanted.get(name, 0)]]
         start += wanted.get(name, 0)
     return Splits(parts)
+
+
+def _stratified_head(queries: Sequence[Query], size: int) -> list[Query]:
+    """The first queries of each reference, in equal shares, in their own order."""
+    count: dict[str, int] = {}
+    turn = []
+    for i, query in enumerate(queries):
+        count[query.reference] = count.get(query.reference, 0) + 1
+        turn.append((count[query.reference], i))
+    return [queries[i] for i in sorted(i for _, i in sorted(turn)[:size])]
 
 
 def _stratified_order(queries: Sequence[Query], rng: np.random.Generator) -> list[int]:

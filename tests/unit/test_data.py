@@ -125,6 +125,14 @@ def test_drawn_splits_are_disjoint_stratified_and_reproducible() -> None:
     assert splits.digest("sealed") != splits.digest("select")
 
 
+def test_named_splits_are_cut_in_equal_shares_and_keep_their_order() -> None:
+    rows = [(q, "explain") for q, _ in queries(8, labels=1)] + [(q, "explain") for q, _ in queries(8, "r", 2)]
+    rows += [(q, name) for name in ("select", "sealed") for q, _ in queries(2, name)]
+    splits = split_queries(rows, sizes={"explain": 6}, rng=np.random.default_rng(0))
+    assert [q.id for q in splits["explain"]] == ["q0", "q1", "q2", "r1", "r3", "r5"]
+    assert len(splits["sealed"]) == 2
+
+
 def test_overlapping_and_empty_splits_are_refused() -> None:
     a, b = (q for q, _ in queries(2))
     with pytest.raises(DataError, match="'sealed': no queries"):
