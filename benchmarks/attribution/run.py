@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ledger", type=Path, default=HERE / "ledger")
     folder = parser.parse_args().ledger
-    config = demo_config(Path("unused"))
+    config = demo_config(Path("unused"), overrides={"queries": {"file": "queries.jsonl"}})
     queries, wrong = config.splits["explain"][:24], answer_key()
     found: dict[str, dict[str, Attribution]] = {}
     with Ledger(folder / "ledger.db") as ledger:
