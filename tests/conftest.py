@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,18 @@ _connect = socket.socket.connect
 
 
 @pytest.fixture(autouse=True)
-def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse connections to anything but this machine."""
 
     def connect(self: socket.socket, address: Any) -> Any:
         host = address[0] if isinstance(address, tuple) else address
-        local = self.family == getattr(socket, "AF_UNIX", None) or str(host) in ("127.0.0.1", "::1", "localhost")
+        local = self.family == getattr(socket, "AF_UNIX", None) or str(host) in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        )
         if not local:
             raise AssertionError(f"a test tried to reach {host!r}; tests talk to this machine only")
         return _connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    yield

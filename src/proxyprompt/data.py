@@ -180,8 +180,8 @@ def split_queries(
     ----------
     queries : sequence of (Query, split name or None)
     sizes : mapping, optional
-        Number of queries of each split; of splits that the rows name, the first of each reference in turn. Default where the rows name none: one quarter to explain, one
-        quarter to select, half sealed.
+        Number of queries of each split; of splits that the rows name, the first of each reference in turn.
+        Default where the rows name none: one quarter to explain, one quarter to select, half sealed.
     rng : numpy.random.Generator
 
     Raises

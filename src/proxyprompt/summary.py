@@ -273,6 +273,7 @@ def _certificate(c: Certificate) -> dict[str, Any] | None:
         "difference": shown.difference,
         "lower_bound": shown.lower_bound,
         "retained_lower_bound": shown.retained_lower_bound,
+        "bar": shown.bar,
         "evidence": {"name": shown.evidence_name, "value": shown.evidence},
         "n_discordant": shown.n_discordant,
         "sequence": [

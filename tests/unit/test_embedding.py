@@ -23,7 +23,8 @@ def test_rows_have_length_one_and_do_not_depend_on_the_batch() -> None:
 
 def test_similarity_follows_meaning() -> None:
     same, near, far = similarity_to_references(
-        ["the cat sat on the mat"] * 3, [["the cat sat on the mat"], ["a cat is sitting on a rug"], ["tax law of 1913"]]
+        ["the cat sat on the mat"] * 3,
+        [["the cat sat on the mat"], ["a cat is sitting on a rug"], ["tax law of 1913"]],
     )
     assert same == pytest.approx(1.0, abs=1e-5)
     assert same > near > far >= 0.0
@@ -41,5 +42,5 @@ def test_the_best_reference_counts_and_text_tasks_use_it() -> None:
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="config.json"):
+    with pytest.raises(BackendError, match=r"config\.json"):
         SentenceEncoder(tmp_path)

@@ -78,6 +78,7 @@ _CERTIFICATE = {
     "difference": NUMBER,
     "lower_bound": NUMBER,
     "retained_lower_bound": Optional(NUMBER),
+    "bar": Optional(STRING),
     "evidence": {"name": OneOf(("e-value", "p-value")), "value": NUMBER},
     "n_discordant": NUMBER,
     "sequence": ListOf(

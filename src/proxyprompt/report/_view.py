@@ -235,15 +235,22 @@ def _certificate(view: dict[str, Any]) -> list[str]:
         f"{verb} {level} confidence {joint} {rule}.",
         _bound(found, show, level),
         strength,
-        f"The two prompts differ in outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
+        f"The {'two' if (found['bar'] or 'full') == 'full' else 'smaller and the ' + found['bar']} prompts differ in"
+        f" outcome on {t.plural(found['n_discordant'], 'query', 'queries')}.",
     ]
 
 
 def _bound(found: Mapping[str, Any], show: Callable[[float | None], str], level: str) -> str:
+    bar = found["bar"] or "full"
     line = f"The difference to that line is {_points(found['difference'], show)}"
+    if bar != "full":
+        line = (
+            f"It also had to hold against the {bar} prompt, which did better than the full one: the difference to that"
+            f" line is {_points(found['difference'], show)}"
+        )
     if found["retained_lower_bound"] is not None:
         kept = t.percent(found["retained_lower_bound"])
-        return f"{line}; what is kept is, at {level} confidence, at least {kept} of the full prompt's."
+        return f"{line}; what is kept is, at {level} confidence, at least {kept} of the {bar} prompt's."
     bound = _points(found["lower_bound"], show)
     return f"{line}, its lower bound {bound}; a certificate needs a bound above 0."
 
