@@ -129,9 +129,9 @@ def test_the_artifact_and_the_reports_say_so(accepted: Result, tmp_path: Path) -
     page = render_html(back.summary)
     assert back.summary["verdict"]["headline"] in page
     assert "d3" in render_markdown(back.summary)
-    assert "of the full prompt's" in page
+    assert "hold against the cleaned prompt" not in page
     harder = {**back.summary, "certificate": {**back.summary["certificate"], "bar": "cleaned"}}
-    assert "of the cleaned prompt's" in render_html(harder)
+    assert "hold against the cleaned prompt" in render_html(harder)
 
 
 def test_reports_show_no_more_text_than_asked(accepted: Result) -> None:
