@@ -274,7 +274,6 @@ def test_bad_settings() -> None:
         compress(
             np.ones((1, 2), dtype=bool),
             planted(lambda r: np.full(len(r), 0.5), 5),
-            n_sealed=5,
             max_evaluations=1,
         )
     with pytest.raises(InputError, match="level"):
