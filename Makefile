@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/proxyprompt demo --out $(OUT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests src --doctest-modules
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
