@@ -174,9 +174,9 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
             f"{len(harmful)} of the demonstrations {verb} harmful on these queries, confirmed on the target."
         )
     if status == "not_certified":
-        tried = min((t.n_kept for t in c.tests), default=before)
+        tried = min((t.n_kept for t in c.tests if t.tested), default=before)
         sentences.append(
-            f"The smallest prompt tried kept {tried} demonstrations; the sealed queries do not prove that it keeps"
+            f"The first smaller prompt tried kept {tried} demonstrations; the sealed queries do not prove that it keeps"
             f" {c.tau:.0%} of the full prompt's {name}. The original prompt is the answer."
         )
     if cost["saved_share"] and after < before:
