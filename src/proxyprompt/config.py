@@ -47,11 +47,11 @@ from .data import (
     SPLIT_NAMES,
     Splits,
     load_queries,
+    parse_json,
     prompt_from_mapping,
     read_text,
     split_queries,
 )
-from .data import _json as parse_json
 from .errors import ConfigError, DataError, InputError
 from .models import open_model
 from .prompt import Demonstration, FewShotPrompt, Query

@@ -63,13 +63,15 @@ def read_rows(source: Rows) -> list[tuple[str, Mapping[str, Any]]]:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         return [(f"{path}:{i + 2}", _csv_row(row, f"{path}:{i + 2}")) for i, row in enumerate(rows)]
     if name.endswith(".json"):
-        data = _json(text, str(path))
+        data = parse_json(text, str(path))
         if not isinstance(data, list):
             raise DataError(f"{path}: a list of rows is needed; got {type(data).__name__}.")
         return [(f"{path}[{i}]", _mapping(row, f"{path}[{i}]")) for i, row in enumerate(data)]
     if name.endswith((".jsonl", ".ndjson")):
         lines = [(i + 1, line) for i, line in enumerate(text.split("\n")) if line.strip()]
-        return [(f"{path}:{i}", _mapping(_json(line, f"{path}:{i}"), f"{path}:{i}")) for i, line in lines]
+        return [
+            (f"{path}:{i}", _mapping(parse_json(line, f"{path}:{i}"), f"{path}:{i}")) for i, line in lines
+        ]
     raise DataError(f"{path}: the ending is not known; use .jsonl, .json or .csv (each also with .gz).")
 
 
@@ -251,7 +253,7 @@ def prompt_from_mapping(data: Mapping[str, Any], *, demonstrations: Rows | None 
 
 def load_prompt(path: str | os.PathLike[str]) -> FewShotPrompt:
     """Read a prompt that :func:`save_prompt` wrote, or one written by hand in the same form."""
-    data = _json(read_text(Path(path)), str(path))
+    data = parse_json(read_text(Path(path)), str(path))
     if isinstance(data, Mapping) and "prompt" in data and "demonstrations" not in data:
         data = data["prompt"]
     return prompt_from_mapping(_mapping(data, str(path)))
@@ -278,7 +280,8 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
-def _json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON from a file, every failure as a :class:`DataError` that says where."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -298,7 +301,7 @@ def _csv_row(row: Mapping[str | None, Any], where: str) -> dict[str, Any]:
         )
     out: dict[str, Any] = {str(k): v for k, v in row.items() if v not in (None, "")}
     if "choices" in out:
-        out["choices"] = _json(out["choices"], f"{where} (choices)")
+        out["choices"] = parse_json(out["choices"], f"{where} (choices)")
     return out
 
 

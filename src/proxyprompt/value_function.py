@@ -69,22 +69,6 @@ class Values:
     missing: tuple[tuple[int, int, str], ...] = ()
     outputs: tuple[tuple[str | None, ...], ...] = ()
 
-    def take(self, rows: Sequence[int] | NDArray[np.int64] | slice) -> Values:
-        """The same for some of the coalitions."""
-        index = np.arange(len(self.coalitions))[rows]
-        back = {int(old): new for new, old in enumerate(index)}
-        return Values(
-            coalitions=self.coalitions[index],
-            utility=self.utility[index],
-            performance=self.performance[index],
-            predictions=self.predictions[index],
-            probabilities=None if self.probabilities is None else self.probabilities[index],
-            prompt_tokens=self.prompt_tokens[index],
-            scale=self.scale,
-            missing=tuple((back[i], j, why) for i, j, why in self.missing if i in back),
-            outputs=tuple(self.outputs[int(i)] for i in index) if self.outputs else (),
-        )
-
     def require_complete(self, what: str, *, share: float = 0.05) -> None:
         """Refuse to go on when more than ``share`` of the values are missing.
 
