@@ -550,6 +550,9 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="the same cases on smaller shares")
     parser.add_argument("--out", type=Path, help="where results go (default: results/ beside this file)")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument(
+        "--again", action="store_true", help="measure --models anew and keep the rest of the results there are"
+    )
     parser.add_argument("--memory-of", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -566,10 +569,15 @@ def main() -> None:
         print(f"[{time.perf_counter() - begun:5.0f} s] {text}", flush=True)
 
     results: dict[str, Any] = {"machine": describe_machine(), "sizes": asdict(sizes), "centre": sizes.centre}
-    results["models"] = []
+    kept = json.loads((out / "results.json").read_text(encoding="utf-8")) if arguments.again else {}
+    if kept and kept["machine"] != results["machine"]:
+        parser.error(f"--again: the results in {out} are of another machine, day or version; run everything.")
+    results["models"] = [m for m in kept.get("models", ()) if m["model"] not in arguments.models]
+    spent = kept.get("seconds", 0)
 
     def save() -> None:
-        results["seconds"] = round(time.perf_counter() - begun)
+        results["models"].sort(key=lambda model: MODELS.index(model["model"]))
+        results["seconds"] = spent + round(time.perf_counter() - begun)
         (out / "results.json").write_text(
             json.dumps(results, indent=1, default=_plain) + "\n", encoding="utf-8"
         )
@@ -577,9 +585,9 @@ def main() -> None:
     for name in arguments.models:
         results["models"].append(bench_model(name, sizes, say))
         save()
-    results["memory"] = bench_memory(sizes)
+    results["memory"] = kept.get("memory") or bench_memory(sizes)
     say(f"memory {results['memory']}")
-    results["random"] = bench_random_model(sizes)
+    results["random"] = kept.get("random") or bench_random_model(sizes)
     say(f"random {results['random']['ratio']:.1f} x, {results['random']['arithmetic']}")
     save()
     write_table(results, out / "table.md")

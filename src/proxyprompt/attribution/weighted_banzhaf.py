@@ -166,7 +166,14 @@ def _hat(coalitions: BoolArray) -> NDArray[np.float64] | None:
 def _least_squares(x: FloatArray, root: FloatArray, values: FloatArray) -> FloatArray:
     """Coefficients, shape (1 + n_units, n_queries); missing rows are left out query by query."""
     missing = np.isnan(values)
-    beta = np.linalg.lstsq(root[:, None] * x, root[:, None] * np.where(missing, 0.0, values), rcond=None)[0]
+    beta, _, rank, _ = np.linalg.lstsq(
+        root[:, None] * x, root[:, None] * np.where(missing, 0.0, values), rcond=None
+    )
+    if rank < x.shape[1]:
+        raise InputError(
+            f"{len(x)} coalitions of the design do not determine {x.shape[1] - 1} units.",
+            hint="Draw a new design with a larger budget.",
+        )
     for query in np.flatnonzero(missing.any(axis=0)):
         seen = ~missing[:, query]
         own, _, rank, _ = np.linalg.lstsq(
@@ -186,6 +193,11 @@ def _hc3(x: FloatArray, root: FloatArray, residual: FloatArray) -> tuple[FloatAr
     """HC3 standard errors of the slopes, and their degrees of freedom."""
     inverse = np.linalg.pinv(root[:, None] * x)
     hat = np.einsum("ij,ji->i", root[:, None] * x, inverse)
+    if (hat > 1 - 1e-9).any():
+        raise InputError(
+            "Some unit rests on a single coalition of the design; its error cannot be judged.",
+            hint="Draw a new design with a larger budget.",
+        )
     scaled = inverse * (root * np.nan_to_num(residual) / (1 - hat))
     se: FloatArray = np.sqrt((scaled**2).sum(axis=1))[1:]
     return se, float(max(len(x) - x.shape[1], 1))
