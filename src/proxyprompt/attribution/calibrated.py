@@ -356,8 +356,12 @@ def _measured_design(design: Design, measured: ArrayLike) -> tuple[NDArray[np.in
 
 
 def _part(design: Design, rows: NDArray[np.int64]) -> Design:
-    exact = design.exact and len(rows) == design.n_coalitions
-    return Design(design.coalitions[rows], design.weights[rows], exact=exact)
+    """The design of some of the rows, both ends among them; the others stand for those that are left out."""
+    weights = design.weights[rows].copy()
+    inner = ~np.isin(rows, (design.empty_row, design.full_row))
+    if inner.any():
+        weights[inner] *= (design.n_coalitions - 2) / inner.sum()
+    return Design(design.coalitions[rows], weights, exact=design.exact and len(rows) == design.n_coalitions)
 
 
 def _proxy_values(proxy_values: ArrayLike, n_coalitions: int) -> FloatArray:

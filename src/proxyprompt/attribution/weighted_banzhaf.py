@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from proxyprompt.coalitions import BoolArray, FloatArray, bernoulli_coalitions, enumerate_coalitions
+from proxyprompt.coalitions import BoolArray, FloatArray, bernoulli_coalitions
 from proxyprompt.errors import InputError
 
+from ._nested import banzhaf_law, draw_nested
 from .base import Attribution, Design, Explainer, summarize
+
+_REDRAWS = 100
 
 
 class WeightedBanzhaf(Explainer):
@@ -30,17 +33,20 @@ class WeightedBanzhaf(Explainer):
     law of the coalitions it is also the slope of the best linear approximation of ``v``, because the units
     are independent: ``Cov(v, z_i) / Var(z_i) = E[v | z_i = 1] - E[v | z_i = 0]``. So least squares with an
     intercept on drawn coalitions estimates all units at once, ``values`` being its slopes and ``intercept``
-    its constant. Rows are distinct, so that none is paid for twice, which makes the estimate approximate:
-    on a game of pairs with 14 units and 70 rows it is 2 % low. The values do not add up to
-    ``v(full) - v(empty)``; the empty and the full coalition are evaluated for the record and not regressed on.
+    its constant. The values do not add up to ``v(full) - v(empty)``.
+
+    Rows are distinct, so that none is paid for twice, and drawn by priority sampling: those likely under the law come
+    first, and weigh more once they are certain to be drawn, so that the estimate stays consistent up to all ``2**n``
+    (of equally weighted distinct rows it would not be).
 
     Why beside KernelSHAP: Shapley values give every size of coalition the same weight. A language model with
     one or two demonstrations mostly repeats their label, so the smallest coalitions move the value by nats
     where the ones near the full prompt move it by tenths, and with a few coalitions a unit that is what
     the regression sees (``benchmarks/attribution/``).
 
-    ``se_coalitions`` is the heteroskedasticity-consistent error HC3 of the regression of the mean value [2]_; 0
-    when all ``2**n`` coalitions are evaluated, weighted by their probability.
+    ``se_coalitions`` is the heteroskedasticity-consistent error HC3 of the regression of the mean value [2]_, which
+    takes no credit for drawing without replacement and is therefore large when most of the ``2**n`` coalitions are
+    evaluated; 0 when all are.
 
     References
     ----------
@@ -72,7 +78,7 @@ class WeightedBanzhaf(Explainer):
         return int(min(2**n_units, n_units + 13))
 
     def design(self, n_units: int, budget: int, *, rng: np.random.Generator) -> Design:
-        """Draw ``budget - 2`` distinct coalitions, beside the empty and the full one.
+        """Draw ``budget - 2`` distinct coalitions beside the empty and the full one; all of them if there are no more.
 
         Raises
         ------
@@ -85,18 +91,13 @@ class WeightedBanzhaf(Explainer):
                 f"budget={budget}: weighted Banzhaf values of {n_units} units need at least {smallest} coalitions.",
                 hint=f"Use {smallest} or more; {3 * n_units} gives tighter standard errors.",
             )
-        ends = np.vstack([np.zeros(n_units, dtype=bool), np.ones(n_units, dtype=bool)])
-        if n_units <= 20 and budget >= 2**n_units:
-            rows = enumerate_coalitions(n_units)
-            kept = rows.sum(axis=1)
-            return Design(rows, self.keep**kept * (1 - self.keep) ** (n_units - kept), exact=True)
-        for _ in range(100):
-            rows = bernoulli_coalitions(n_units, budget - 2, keep=self.keep, rng=rng, exclude=ends)
-            design = Design(np.vstack([ends, rows]), np.r_[np.zeros(2), np.ones(len(rows))], exact=False)
-            if _hat(design.coalitions[2:]) is not None:
-                return design
+        for _ in range(_REDRAWS):
+            drawn = draw_nested(banzhaf_law(self.keep, n_units), budget - 2, rng=rng)
+            prefix = drawn.prefix(len(drawn.mass))
+            if prefix.sound:
+                return prefix.design
         raise InputError(
-            f"budget={budget}: 100 draws did not determine {n_units} units.",
+            f"budget={budget}: {_REDRAWS} draws did not determine {n_units} units.",
             hint="Raise the budget, or lower keep.",
         )
 
@@ -151,16 +152,6 @@ class WeightedBanzhaf(Explainer):
             dropped_queries=dropped,
             df_coalitions=df,
         )
-
-
-def _hat(coalitions: BoolArray) -> NDArray[np.float64] | None:
-    """Leverages of least squares with an intercept; None when some row alone carries a unit."""
-    x = np.column_stack([np.ones(len(coalitions)), coalitions])
-    u, s, _ = np.linalg.svd(x, full_matrices=False)
-    if len(s) < x.shape[1] or s[-1] < 1e-9 * s[0]:
-        return None
-    hat: FloatArray = (u**2).sum(axis=1)
-    return hat if (hat < 1 - 1e-6).all() else None
 
 
 def _least_squares(x: FloatArray, root: FloatArray, values: FloatArray) -> FloatArray:
