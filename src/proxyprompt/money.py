@@ -1,0 +1,222 @@
+"""What a call costs, and what a run cost: bills, term by term.
+
+Arithmetic in :class:`~decimal.Decimal`, so that fractions of a cent add up exactly: a term is tokens times
+rate, a bill the sum of its terms, and nothing is rounded before it is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from typing import Any
+
+from ._provider_caching import CachingRule
+from .backends.base import Rendered
+from .errors import InputError
+from .prices import Price, Quote, Rates, Unpriced
+
+__all__ = ["Bill", "Call", "RunCost", "Term", "bill_call", "bill_run", "break_even_calls", "stable_tokens"]
+
+_MILLION = Decimal(1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Tokens of an average production call.
+
+    Attributes
+    ----------
+    prompt_tokens : float
+    stable_tokens : int
+        Those at its beginning that every call has alike: instruction and demonstrations up to the query.
+    completion_tokens : float
+    """
+
+    prompt_tokens: float
+    stable_tokens: int = 0
+    completion_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stable_tokens <= self.prompt_tokens or not 0 <= self.completion_tokens < math.inf:
+            raise InputError(
+                f"{self}: tokens are at least 0, and the stable ones no more than the prompt's.",
+                hint="Count the whole prompt in prompt_tokens.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``tokens`` at ``rate`` money per million."""
+
+    name: str
+    tokens: Decimal
+    rate: Decimal
+
+    @property
+    def cost(self) -> Decimal:
+        """Money."""
+        return self.tokens * self.rate / _MILLION
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """A sum of terms."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def total(self) -> Decimal:
+        """Money."""
+        return sum((term.cost for term in self.terms), Decimal(0))
+
+
+@dataclass(frozen=True, slots=True)
+class RunCost:
+    """What a run bought, by stage and model, and what of it has no price.
+
+    Attributes
+    ----------
+    bills : tuple of (str, str, str, Bill)
+        Stage, role, model and bill.
+    gaps : tuple of str
+        Sentences on what the total leaves out.
+    """
+
+    bills: tuple[tuple[str, str, str, Bill], ...] = ()
+    gaps: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> Decimal:
+        """Money."""
+        return sum((bill.total for *_, bill in self.bills), Decimal(0))
+
+
+def stable_tokens(prompts: Sequence[Rendered], prompt_tokens: float) -> int:
+    """Tokens at the beginning of the prompts that all of them share.
+
+    Parameters
+    ----------
+    prompts : sequence of str or of tuple of Message
+        The same prompt rendered for many queries.
+    prompt_tokens : float
+        Their mean length as the target counts it.
+
+    Returns
+    -------
+    int
+        The mean length times the shared share of the bytes, rounded down. An estimate: only the target knows
+        its tokens, and it tells their number for whole prompts alone. It is off by the difference between the
+        query's and the demonstrations' bytes per token, times the query's tokens.
+
+    Examples
+    --------
+    >>> stable_tokens(["Pick a team.\\n\\nQ: where", "Pick a team.\\n\\nQ: broken"], 8)
+    6
+    """
+    if not prompts or prompt_tokens <= 0:
+        return 0
+    texts = [prompt if isinstance(prompt, str) else _flat(prompt) for prompt in prompts]
+    first, last = min(texts), max(texts)  # what these two share, all share
+    end = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = len(first[:end].encode("utf-8", "surrogatepass"))
+    mean = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) / len(texts)
+    return int(prompt_tokens * shared / mean) if mean else 0
+
+
+def bill_call(call: Call, rates: Rates, *, rule: CachingRule | None = None, hit_rate: float = 1.0) -> Bill:
+    """The expected bill of one call.
+
+    Parameters
+    ----------
+    call : Call
+    rates : Rates
+    rule : CachingRule, optional
+        Without one nothing is cached.
+    hit_rate : float
+        Share of calls that find their stable beginning in the cache; the others write it.
+
+    Examples
+    --------
+    >>> rates = Rates(Decimal(3), Decimal(15), Decimal("0.3"), Decimal("3.75"))
+    >>> rule = CachingRule("Claude", 1024)
+    >>> [str(bill_call(Call(2100, 2000, 10), rates, rule=rule, hit_rate=h).total) for h in (1, 0)]
+    ['0.00105', '0.00795']
+    """
+    prompt, held = Decimal(str(call.prompt_tokens)), Decimal(0)
+    if rule is not None and rates.cached_input is not None:
+        held = Decimal(rule.cached_tokens(call.stable_tokens))
+    read = held * Decimal(str(hit_rate))
+    written = held - read if rates.cache_write is not None else Decimal(0)
+    terms = [Term("input", prompt - read - written, rates.input)]
+    if rates.cached_input is not None:
+        terms.append(Term("cached input", read, rates.cached_input))
+    if rates.cache_write is not None:
+        terms.append(Term("cache write", written, rates.cache_write))
+    if rates.output is not None:
+        terms.append(Term("output", Decimal(str(call.completion_tokens)), rates.output))
+    return Bill(tuple(term for term in terms if term.tokens))
+
+
+def bill_run(rows: Sequence[Mapping[str, Any]], target: Quote, proxies: Mapping[str, Quote]) -> RunCost:
+    """Price what the ledger says a run has bought.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Per stage and model: ``stage``, ``role``, ``model``, ``calls``, ``prompt_tokens``,
+        ``completion_tokens``, ``cached_tokens``, ``unknown`` (calls whose outcome is not known).
+    target : Price or Unpriced
+    proxies : mapping of str to (Price or Unpriced)
+        By model.
+    """
+    bills: list[tuple[str, str, str, Bill]] = []
+    gaps: dict[str, None] = {}
+    currency = target.currency if isinstance(target, Price) else "USD"
+    for row in rows:
+        model, prompt, completion = row["model"], row["prompt_tokens"], row["completion_tokens"]
+        quote = target if row["role"] == "target" else proxies[model]
+        if row["unknown"]:
+            gaps[
+                f"The outcome of {row['unknown']} calls to {model} is unknown; if they were billed, more was paid."
+            ] = None
+        if not prompt and not completion:
+            continue
+        if isinstance(quote, Unpriced):
+            gaps[f"What {model} cost is not in the run's cost: {quote.reason}."] = None
+            continue
+        rates = quote.at(prompt / max(row["calls"], 1)) or quote.rates
+        paid = any(part for part in (rates.input, rates.output))
+        if paid and quote.currency != currency:
+            gaps[f"What {model} cost is in {quote.currency} and not in the run's cost."] = None
+            continue
+        if rates.output is None and completion:
+            gaps[f"Completion tokens of {model} are not in the run's cost: no output price is given."] = None
+        if rates.cache_write is not None and rates.cache_write > rates.input:
+            gaps[f"What {model} charges beyond the input price for writing its cache is not recorded."] = None
+        cached = row["cached_tokens"] if rates.cached_input is not None else 0
+        terms = [Term("input", Decimal(prompt - cached), rates.input)]
+        if rates.cached_input is not None:
+            terms.append(Term("cached input", Decimal(cached), rates.cached_input))
+        if rates.output is not None:
+            terms.append(Term("output", Decimal(completion), rates.output))
+        bills.append((row["stage"], row["role"], model, Bill(tuple(t for t in terms if t.tokens))))
+    return RunCost(tuple(bills), tuple(gaps))
+
+
+def break_even_calls(run_cost: Decimal, saved: Decimal) -> float:
+    """Calls after which savings cover the run: a whole number, or infinity where nothing is saved.
+
+    Examples
+    --------
+    >>> [break_even_calls(Decimal("0.5"), Decimal(s)) for s in ("0.2", "0", "-1")]
+    [3, inf, inf]
+    """
+    if saved <= 0:
+        return math.inf
+    return int((run_cost / saved).to_integral_value(ROUND_CEILING))
+
+
+def _flat(turns: Sequence[Any]) -> str:
+    return "".join(f"{turn.role}\n{turn.content}\n" for turn in turns)
