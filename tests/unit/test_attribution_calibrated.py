@@ -9,6 +9,7 @@ import pytest
 
 from proxyprompt.attribution import LIME, Attribution, KernelSHAP, WeightedBanzhaf
 from proxyprompt.attribution.calibrated import calibrate, choose_measured
+from proxyprompt.attribution.extending import nested_designs
 from proxyprompt.errors import InputError
 from proxyprompt.testing import UnanimityGame
 
@@ -139,3 +140,19 @@ def test_too_few_coalitions_to_determine_the_units_are_refused():
     design, *_, rng = setting()
     with pytest.raises(InputError, match="did not determine"):
         choose_measured(BANZHAF, design, 8, rng=rng)
+
+
+@pytest.mark.parametrize("explainer", [BANZHAF, KernelSHAP()])
+def test_nested_designs_contain_each_other_and_calibrate(explainer):
+    rng = np.random.default_rng(4)
+    few, many = nested_designs(explainer, 10, (60, 400), rng=rng)
+    rows = np.arange(few.n_coalitions)
+    values = GAME(many.coalitions)
+    found = calibrate(explainer, many, values, rows, values[rows], rng=rng, measured_design=few)
+    assert np.allclose(found.attribution.mean, explainer.fit(many, values).mean, atol=1e-6)
+    with pytest.raises(InputError, match="rows are not those"):
+        calibrate(explainer, many, values, rows[::-1], values[rows[::-1]], rng=rng, measured_design=few)
+    with pytest.raises(InputError, match="ascending"):
+        nested_designs(explainer, 10, (400, 60), rng=rng)
+    with pytest.raises(InputError, match="instalments"):
+        nested_designs(LIME(), 10, (60, 400), rng=rng)

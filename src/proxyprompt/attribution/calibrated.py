@@ -203,6 +203,7 @@ def calibrate(
     target_values: ArrayLike,
     *,
     rng: np.random.Generator,
+    measured_design: Design | None = None,
 ) -> CalibratedAttribution:
     """Correct proxy attributions with a few target values.
 
@@ -220,6 +221,9 @@ def calibrate(
         NaN is missing.
     rng : numpy.random.Generator
         Draws the folds.
+    measured_design : Design, optional
+        Those rows as a design of their own, from :func:`~proxyprompt.attribution.extending.nested_designs`. Default:
+        for rows from :func:`choose_measured`.
 
     Returns
     -------
@@ -275,7 +279,7 @@ def calibrate(
             f"explainer: {explainer.method} cannot be calibrated; its attributions are not linear in the values.",
             hint="Use WeightedBanzhaf or KernelSHAP.",
         )
-    rows, small = _measured_design(design, measured)
+    rows, small = _measured_design(design, measured, measured_design)
     proxies = _proxy_values(proxy_values, design.n_coalitions)
     target = check_values(target_values, len(rows))
     if target.shape[1] != proxies.shape[2]:
@@ -335,7 +339,9 @@ def calibrate(
     )
 
 
-def _measured_design(design: Design, measured: ArrayLike) -> tuple[NDArray[np.int64], Design]:
+def _measured_design(
+    design: Design, measured: ArrayLike, given: Design | None
+) -> tuple[NDArray[np.int64], Design]:
     rows = np.asarray(measured)
     if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) != len(rows):
         raise InputError(
@@ -352,7 +358,14 @@ def _measured_design(design: Design, measured: ArrayLike) -> tuple[NDArray[np.in
             hint="Use choose_measured.",
         )
     rows = rows.astype(np.int64)
-    return rows, _part(design, rows)
+    if given is None:
+        return rows, _part(design, rows)
+    if not np.array_equal(given.coalitions, design.coalitions[rows]):
+        raise InputError(
+            "measured_design: its rows are not those of design that measured names, in that order.",
+            hint="Use nested_designs.",
+        )
+    return rows, given
 
 
 def _part(design: Design, rows: NDArray[np.int64]) -> Design:

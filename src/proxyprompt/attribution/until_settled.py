@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from proxyprompt.coalitions import FloatArray, check_n_units
 from proxyprompt.errors import InputError
 
-from ._nested import Law, Prefix, banzhaf_law, draw_nested, shapley_law
-from .base import Attribution, Explainer, ValueArrayFunction, check_values
+from ._nested import Law, Prefix, draw_nested
+from .base import Attribution, ValueArrayFunction, check_values
 from .decisions import Decision
-from .kernel_shap import KernelSHAP
-from .weighted_banzhaf import WeightedBanzhaf
+from .extending import law_of
 
 __all__ = ["Look", "SettledAttribution", "attribute_until_settled"]
 
@@ -110,7 +109,7 @@ class SettledAttribution:
 
 
 def attribute_until_settled(
-    explainer: KernelSHAP | WeightedBanzhaf,
+    explainer: Explainer,
     value_function: ValueArrayFunction,
     n_units: int,
     *,
@@ -240,26 +239,8 @@ def attribute_until_settled(
     return SettledAttribution(attribution, decision, reason, confidence, over, budget, tuple(looks))
 
 
-def law_of(explainer: Explainer, n_units: int) -> Law:
-    """Return the law of a technique whose designs can be extended.
-
-    Raises
-    ------
-    InputError
-        When the explainer is none of those.
-    """
-    if isinstance(explainer, KernelSHAP):
-        return shapley_law(n_units)
-    if isinstance(explainer, WeightedBanzhaf):
-        return banzhaf_law(explainer.keep, n_units)
-    raise InputError(
-        f"explainer={type(explainer).__name__}: its coalitions cannot be bought in instalments.",
-        hint="Use WeightedBanzhaf or KernelSHAP, or explainer.attribute with a fixed budget.",
-    )
-
-
 def _plan(
-    explainer: KernelSHAP | WeightedBanzhaf,
+    explainer: Explainer,
     law: Law,
     budget: int,
     first: int | None,
