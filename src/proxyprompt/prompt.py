@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from .backends.base import Message, Rendered, UnitMask
 from .errors import DataError, InputError
 
-__all__ = ["Demonstration", "FewShotPrompt", "Query", "Template"]
+__all__ = ["Demonstration", "FewShotPrompt", "Query", "Template", "Unit", "UnitPrompt"]
 
 Style: TypeAlias = Literal["completion", "chat"]
 AnswerStyle: TypeAlias = Literal["text", "letter"]
@@ -69,6 +69,48 @@ class Query:
     reference: str
     choices: tuple[str, ...] | None = None
     references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a prompt that a coalition keeps or leaves out.
+
+    Parameters
+    ----------
+    kind : str
+        ``"demonstration"``, ``"instruction"``, ``"document"``, ``"sentence"`` or ``"word"`` (the last two: of
+        the query).
+    id : str
+        Unique among the units of its kind.
+    text : str
+        As it stands in the prompt.
+    """
+
+    kind: str
+    id: str
+    text: str
+
+
+class UnitPrompt(Protocol):
+    """A prompt made of units: what a value function needs in order to leave some of them out."""
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units, in the order of a coalition's entries."""
+        ...
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        ...
+
+    def render(self, coalition: Sequence[bool] | None, query: Query) -> Rendered:
+        """The prompt for ``query`` with only the units of the coalition; ``None`` keeps all."""
+        ...
+
+    def candidate(self, answer: str, choices: Sequence[str] | None = None) -> str:
+        """The exact continuation that stands for ``answer``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -197,6 +239,23 @@ class FewShotPrompt:
         return len(self.demonstrations)
 
     @property
+    def units(self) -> tuple[Unit, ...]:
+        """The demonstrations, as units."""
+        return tuple(
+            Unit(
+                "demonstration",
+                demo.id,
+                block if isinstance(block, str) else "\n".join(t.content for t in block),
+            )
+            for demo, block in zip(self.demonstrations, self._blocks, strict=True)
+        )
+
+    @property
+    def query_fields(self) -> tuple[str, ...]:
+        """Names of the slots of a query, in order."""
+        return self._query.fields
+
+    @property
     def answer_prefix(self) -> str:
         """What stands between a rendered query and its answer (empty in chat)."""
         return self._prefix if self.style == "completion" else ""
@@ -205,7 +264,9 @@ class FewShotPrompt:
         """The exact continuation that stands for ``answer``: with its prefix, or as the choice's letter."""
         return self.answer_prefix + self._shown(answer, choices, "answer")
 
-    def render(self, coalition: Sequence[bool] | None, query: Query) -> Rendered:
+    def render(
+        self, coalition: Sequence[bool] | None, query: Query, *, instruction: str | None = None
+    ) -> Rendered:
         """The prompt for one query with only the demonstrations of the coalition.
 
         Parameters
@@ -213,6 +274,8 @@ class FewShotPrompt:
         coalition : sequence of bool, shape (n_units,), or None
             Which demonstrations to keep; ``None`` keeps all. Order never changes.
         query : Query
+        instruction : str, optional
+            Stands in for the prompt's own; may be empty.
 
         Returns
         -------
@@ -220,9 +283,10 @@ class FewShotPrompt:
         """
         kept = self._kept(coalition)
         text = self._query.render(self._fields(query.inputs, query.choices), what=f"query {query.id!r}")
+        head = self.instruction if instruction is None else instruction
         if self.style == "completion":
-            return self.separator.join([*([self.instruction] if self.instruction else []), *kept, text])
-        turns = [Message("system", self.instruction)] if self.instruction else []
+            return self.separator.join([*([head] if head else []), *kept, text])
+        turns = [Message("system", head)] if head else []
         return (*turns, *(turn for pair in kept for turn in pair), Message("user", text))
 
     def unit_mask(self, coalition: Sequence[bool]) -> UnitMask:
@@ -269,6 +333,24 @@ class FewShotPrompt:
         if unknown:
             raise InputError(f"ids: {unknown} name no demonstration of this prompt.")
         return self.subset([d.id in set(ids) for d in self.demonstrations])
+
+    def reorder(self, ids: Sequence[str]) -> FewShotPrompt:
+        """The same prompt with only the named demonstrations, in the order of ``ids``.
+
+        Raises
+        ------
+        InputError
+            If an id is unknown or named twice.
+        """
+        found = {d.id: d for d in self.demonstrations}
+        unknown = sorted(set(ids) - set(found))
+        if unknown or len(set(ids)) < len(ids):
+            raise InputError(
+                f"ids: {unknown} name no demonstration of this prompt."
+                if unknown
+                else f"ids: {list(ids)} names a demonstration twice."
+            )
+        return replace(self, demonstrations=tuple(found[i] for i in ids))
 
     def to_messages(self, query: Query) -> list[dict[str, str]]:
         """The full prompt as the message dictionaries that chat APIs take."""

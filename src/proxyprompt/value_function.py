@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import GenerateRequest, ScoreRequest, ScoreResult, masks_units
+from .backends.base import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, masks_units
 from .errors import InconclusiveError, InputError
 from .metering import Meter
-from .prompt import FewShotPrompt, Query
+from .prompt import FewShotPrompt, Query, UnitPrompt
 from .task import LabelTask, Task, TextTask
 
-__all__ = ["PromptValueFunction", "ValueFunction", "Values"]
+__all__ = ["PromptValueFunction", "ValueFunction", "Values", "evaluate_together"]
 
 BoolMatrix: TypeAlias = NDArray[np.bool_]
 FloatArray: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 class ValueFunction(Protocol):
@@ -94,7 +95,9 @@ class PromptValueFunction:
 
     Parameters
     ----------
-    prompt : FewShotPrompt
+    prompt : UnitPrompt
+        A :class:`~proxyprompt.prompt.FewShotPrompt`, whose units are its demonstrations, or another prompt made of
+        units (:mod:`proxyprompt.units`). A backend that hides units from a model's attention takes the former only.
     task : LabelTask or TextTask
     queries : sequence of Query
     meter : Meter
@@ -105,7 +108,7 @@ class PromptValueFunction:
         ``progress(done, total)`` over the model calls of a batch.
     """
 
-    prompt: FewShotPrompt
+    prompt: UnitPrompt
     task: Task
     queries: Sequence[Query]
     meter: Meter
@@ -124,77 +127,151 @@ class PromptValueFunction:
         Raises
         ------
         InputError
-            If the matrix is not boolean ``(n_coalitions, n_units)``.
+            If the matrix is not boolean ``(n_coalitions, n_units)``, or the backend cannot leave out such units.
         """
+        return evaluate_together([self], [coalitions])[0]
+
+    def _checked(self, coalitions: BoolMatrix) -> BoolMatrix:
         matrix = np.asarray(coalitions)
         if matrix.dtype != np.bool_ or matrix.ndim != 2 or matrix.shape[1] != self.prompt.n_units:
             raise InputError(
                 f"coalitions: got {matrix.dtype} {matrix.shape}; a boolean matrix"
                 f" (n_coalitions, {self.prompt.n_units}) is needed."
             )
-        if isinstance(self.task, TextTask):
-            return self._generate(matrix, self.task)
-        return self._score(matrix, self.task)
+        return matrix
 
-    def _score(self, matrix: BoolMatrix, task: LabelTask) -> Values:
-        answers = [task.answers(query) for query in self.queries]
+    def _score_requests(self, matrix: BoolMatrix, task: LabelTask) -> list[ScoreRequest]:
         candidates = [
-            tuple(self.prompt.candidate(a, query.choices) for a in own)
-            for own, query in zip(answers, self.queries, strict=True)
+            tuple(self.prompt.candidate(a, query.choices) for a in task.answers(query))
+            for query in self.queries
         ]
         if masks_units(self.meter.backend):
-            whole = [self.prompt.render(None, query) for query in self.queries]
-            masks = [self.prompt.unit_mask(row) for row in matrix.tolist()]
-            requests = [
+            prompt = self.prompt
+            if not isinstance(prompt, FewShotPrompt):
+                raise InputError(
+                    f"The backend {self.meter.backend.name!r} hides demonstrations from the model's attention;"
+                    f" the units of {type(prompt).__name__} it cannot leave out.",
+                    hint="Open the model without approximate.",
+                )
+            whole = [prompt.render(None, query) for query in self.queries]
+            masks = [prompt.unit_mask(row) for row in matrix.tolist()]
+            return [
                 ScoreRequest(text, own, mask)
                 for mask in masks
                 for text, own in zip(whole, candidates, strict=True)
             ]
-        else:
-            requests = [
-                ScoreRequest(self.prompt.render(row, query), own)
-                for row in matrix.tolist()
-                for query, own in zip(self.queries, candidates, strict=True)
-            ]
-        results = self.meter.score(requests, stage=self.stage, progress=self.progress)
-        reference = [own.index(query.reference) for own, query in zip(answers, self.queries, strict=True)]
-        return _label_values(matrix, results, reference, [len(own) for own in answers])
+        return [
+            ScoreRequest(self.prompt.render(row, query), own)
+            for row in matrix.tolist()
+            for query, own in zip(self.queries, candidates, strict=True)
+        ]
 
-    def _generate(self, matrix: BoolMatrix, task: TextTask) -> Values:
-        requests = [
+    def _generate_requests(self, matrix: BoolMatrix, task: TextTask) -> list[GenerateRequest]:
+        return [
             GenerateRequest(self.prompt.render(row, query), task.max_tokens, task.stop)
             for row in matrix.tolist()
             for query in self.queries
         ]
-        results = self.meter.generate(requests, stage=self.stage, progress=self.progress)
-        shape = (len(matrix), len(self.queries))
-        score = np.full(shape, np.nan)
-        tokens = np.zeros(shape, dtype=np.int64)
-        missing: list[tuple[int, int, str]] = []
-        references = [(q.reference, *q.references) for q in self.queries]
-        answered = [k for k, r in enumerate(results) if r.text is not None]
-        scores = task.score(
-            [str(results[k].text) for k in answered], [references[k % len(self.queries)] for k in answered]
+
+
+def evaluate_together(
+    functions: Sequence[PromptValueFunction], coalitions: Sequence[BoolMatrix]
+) -> list[Values]:
+    """Evaluate several value functions of one model in one batch.
+
+    A local engine computes a prefix once per batch, so explanations that each have their own units (the words of
+    one query) share the prompt before the query.
+
+    Parameters
+    ----------
+    functions : sequence of PromptValueFunction, length n
+        Of one meter, task, stage; the first one's ``progress`` is told of all calls.
+    coalitions : sequence of ndarray of bool, length n
+        One matrix ``(n_coalitions, n_units)`` per function.
+
+    Returns
+    -------
+    list of Values, length n
+        What ``function.evaluate(matrix)`` gives for each of them.
+
+    Raises
+    ------
+    InputError
+        If the lengths differ, the functions do not share meter, task and stage, or a matrix has a wrong shape.
+    """
+    if len(functions) != len(coalitions):
+        raise InputError(
+            f"coalitions: {len(coalitions)} matrices for {len(functions)} value functions; one each."
         )
-        for k, value in zip(answered, scores, strict=True):
-            score[divmod(k, len(self.queries))] = value
-        for k, result in enumerate(results):
-            i, j = divmod(k, len(self.queries))
-            tokens[i, j] = result.usage.prompt_tokens
-            if result.text is None:
-                missing.append((i, j, result.error or "no text"))
-        rows = [results[i * len(self.queries) : (i + 1) * len(self.queries)] for i in range(len(matrix))]
-        return Values(
-            coalitions=matrix,
-            utility=score,
-            performance=score.copy(),
-            predictions=np.full(shape, -1, dtype=np.int64),
-            probabilities=None,
-            prompt_tokens=tokens,
-            scale="score",
-            missing=tuple(missing),
-            outputs=tuple(tuple(r.text for r in row) for row in rows),
+    if not functions:
+        return []
+    first = functions[0]
+    if any(f.meter is not first.meter or f.task != first.task or f.stage != first.stage for f in functions):
+        raise InputError("functions: they do not share one meter, task and stage, as one batch has to.")
+    matrices = [f._checked(matrix) for f, matrix in zip(functions, coalitions, strict=True)]
+    pairs = list(zip(functions, matrices, strict=True))
+    task = first.task
+    if isinstance(task, TextTask):
+        texts = [f._generate_requests(matrix, task) for f, matrix in pairs]
+        generated = first.meter.generate(_flat(texts), stage=first.stage, progress=first.progress)
+        return [
+            _text_values(matrix, part, task, f.queries)
+            for (f, matrix), part in zip(pairs, _parts(generated, texts), strict=True)
+        ]
+    asked = [f._score_requests(matrix, task) for f, matrix in pairs]
+    scored = first.meter.score(_flat(asked), stage=first.stage, progress=first.progress)
+    return [
+        _label_values(
+            matrix,
+            part,
+            [task.answers(query).index(query.reference) for query in f.queries],
+            [len(task.answers(query)) for query in f.queries],
         )
+        for (f, matrix), part in zip(pairs, _parts(scored, asked), strict=True)
+    ]
+
+
+def _flat(lists: Sequence[Sequence[T]]) -> list[T]:
+    return [item for items in lists for item in items]
+
+
+def _parts(results: Sequence[T], like: Sequence[Sequence[Any]]) -> list[Sequence[T]]:
+    """Cut ``results`` into pieces as long as the lists of ``like``."""
+    ends = np.cumsum([len(items) for items in like]).tolist()
+    return [results[end - len(items) : end] for end, items in zip(ends, like, strict=True)]
+
+
+def _text_values(
+    matrix: BoolMatrix, results: Sequence[GenerateResult], task: TextTask, queries: Sequence[Query]
+) -> Values:
+    shape = (len(matrix), len(queries))
+    score = np.full(shape, np.nan)
+    tokens = np.zeros(shape, dtype=np.int64)
+    missing: list[tuple[int, int, str]] = []
+    references = [(q.reference, *q.references) for q in queries]
+    answered = [k for k, r in enumerate(results) if r.text is not None]
+    scores = task.score(
+        [str(results[k].text) for k in answered], [references[k % len(queries)] for k in answered]
+    )
+    for k, value in zip(answered, scores, strict=True):
+        score[divmod(k, len(queries))] = value
+    for k, result in enumerate(results):
+        i, j = divmod(k, len(queries))
+        tokens[i, j] = result.usage.prompt_tokens
+        if result.text is None:
+            missing.append((i, j, result.error or "no text"))
+    rows = [results[i * len(queries) : (i + 1) * len(queries)] for i in range(len(matrix))]
+    return Values(
+        coalitions=matrix,
+        utility=score,
+        performance=score.copy(),
+        predictions=np.full(shape, -1, dtype=np.int64),
+        probabilities=None,
+        prompt_tokens=tokens,
+        scale="score",
+        missing=tuple(missing),
+        outputs=tuple(tuple(r.text for r in row) for row in rows),
+    )
 
 
 def _label_values(

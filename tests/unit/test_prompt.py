@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxyprompt.backends.base import Message
 from proxyprompt.errors import DataError, InputError
-from proxyprompt.prompt import Demonstration, FewShotPrompt, Query, Template
+from proxyprompt.prompt import Demonstration, FewShotPrompt, Query, Template, Unit
 
 HOSTILE = [
     *("{input}", "{output}", "{{", "}}", "{", "}", "{{ 7*7 }}", "{% raw %}", "%s %(x)d", "${PATH}", "{0}"),
@@ -121,3 +121,20 @@ def test_json_round_trip(rows: list[tuple[str, str]], instruction: str) -> None:
         style="chat",
     )
     assert FewShotPrompt.from_dict(prompt.to_dict()) == prompt
+
+
+def test_units_are_the_demonstrations() -> None:
+    prompt = FewShotPrompt((demo(1, "one", "A"), demo(2, "two", "B")), "Do it.", "In: {input}\nOut: {output}")
+    assert prompt.units == (
+        Unit("demonstration", "d1", "In: one\nOut: A"),
+        Unit("demonstration", "d2", "In: two\nOut: B"),
+    )
+    assert len(prompt.units) == prompt.n_units
+    assert prompt.query_fields == ("input",)
+
+
+def test_another_instruction_can_stand_in() -> None:
+    prompt = FewShotPrompt((demo(1),), "Do it.", "{input}={output}", separator="|")
+    assert prompt.render(None, QUERY, instruction="Now.") == "Now.|a=x|?="
+    assert prompt.render([False], QUERY, instruction="") == "?="
+    assert prompt.render(None, QUERY) == "Do it.|a=x|?="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from proxyprompt.errors import BackendError, InconclusiveError, InputError
 from proxyprompt.metering import Meter
 from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
 from proxyprompt.task import LabelTask, TextTask
-from proxyprompt.value_function import PromptValueFunction
+from proxyprompt.units import InstructionSentences, QueryWords
+from proxyprompt.value_function import PromptValueFunction, evaluate_together
 
 PROMPT = FewShotPrompt(tuple(Demonstration(f"d{i}", {"input": f"i{i}"}, "a") for i in range(3)))
 QUERIES = (Query("q0", {"input": "x"}, "a"), Query("q1", {"input": "y"}, "b"))
@@ -109,3 +111,93 @@ def test_upper_bounds_alone_name_no_winner() -> None:
     values = function(Censoring(score=count_kept)).evaluate(np.ones((1, 3), dtype=bool))
     assert (values.predictions == -1).all()
     assert "no label among" in values.missing[0][2]
+
+
+def test_instruction_sentences_are_units_of_every_query() -> None:
+    prompt = FewShotPrompt(PROMPT.demonstrations, "i0 matters. So does i1! Not this.", "{input}: {output}")
+    units = InstructionSentences(prompt, demonstrations=True)
+
+    def count_i0(request: ScoreRequest) -> list[float]:
+        p = 0.1 + 0.1 * str(request.prompt).count("i0")
+        return [math.log(p), math.log(1 - p)]
+
+    backend = ScriptedBackend(score=count_i0)
+    function = PromptValueFunction(units, TASK, QUERIES, Meter(backend, None, role="target", run="r"))
+    rows = np.array(
+        [[True] * 6, [False, True, True, True, True, True], [False, True, True, False, True, True]]
+    )
+    np.testing.assert_allclose(
+        function.evaluate(rows).probabilities[:, :, 0], [[0.3] * 2, [0.2] * 2, [0.1] * 2]
+    )
+
+
+def test_evaluating_together_is_evaluating_one_by_one_in_one_batch() -> None:
+    asked: list[int] = []
+
+    class Counting(ScriptedBackend):
+        def score(self, requests, **options):  # type: ignore[no-untyped-def]
+            asked.append(len(requests))
+            return super().score(requests, **options)
+
+    meter = Meter(Counting(score=count_kept), None, role="target", run="r")
+    first = PromptValueFunction(PROMPT, TASK, QUERIES, meter)
+    query = Query("w", {"input": "two words"}, "b")
+    second = PromptValueFunction(QueryWords(PROMPT.keep(["d0"]), query), TASK, [query], meter)
+    matrices = [np.array([[True, False, True], [False] * 3]), np.array([[True, False]])]
+    values = evaluate_together([first, second], matrices)
+    assert asked == [5]
+    for got, function, matrix in zip(values, (first, second), matrices, strict=True):
+        alone = function.evaluate(matrix)
+        np.testing.assert_array_equal(got.utility, alone.utility)
+        np.testing.assert_array_equal(got.coalitions, matrix)
+    assert evaluate_together([], []) == []
+
+
+def test_generated_texts_of_several_functions_find_their_own_queries() -> None:
+    backend = ScriptedBackend(generate=lambda r: str(r.prompt).split("Input: ")[-1].split("\n")[0])
+    meter = Meter(backend, None, role="target", run="r")
+    task = TextTask("exact_match")
+    functions = [
+        PromptValueFunction(
+            PROMPT,
+            task,
+            [Query(f"{name}{k}", {"input": f"{name}{k}"}, f"{name}{k}") for k in range(n)],
+            meter,
+        )
+        for name, n in (("x", 2), ("y", 3))
+    ]
+    two, three = evaluate_together(
+        functions, [np.ones((1, 3), dtype=bool), np.array([[True] * 3, [False] * 3])]
+    )
+    assert two.outputs == (("x0", "x1"),)
+    assert three.outputs == (("y0", "y1", "y2"),) * 2
+    assert (three.utility == 1).all()
+
+
+def test_functions_of_two_models_are_not_one_batch() -> None:
+    one, other = (function(ScriptedBackend(score=count_kept)) for _ in range(2))
+    with pytest.raises(InputError, match="do not share one meter, task and stage"):
+        evaluate_together([one, other], [np.ones((1, 3), dtype=bool)] * 2)
+    with pytest.raises(InputError, match="1 matrices for 2 value functions"):
+        evaluate_together([one, one], [np.ones((1, 3), dtype=bool)])
+
+
+@pytest.mark.parametrize("units", ["words", "instruction"])
+def test_a_backend_that_hides_demonstrations_refuses_other_units(units: str) -> None:
+    class Masking(ScriptedBackend):
+        masks_units = True
+
+    query = Query("q", {"input": "two words"}, "a")
+    prompt = (
+        QueryWords(PROMPT, query)
+        if units == "words"
+        else InstructionSentences(replace(PROMPT, instruction="One. Two."))
+    )
+    backend = Masking(score=count_kept, name="approximate")
+    asked = PromptValueFunction(prompt, TASK, [query], Meter(backend, None, role="proxy", run="r"))
+    with pytest.raises(
+        InputError,
+        match=r"'approximate' hides demonstrations .*the units of .* without approximate",
+    ):
+        asked.evaluate(np.ones((1, 2), dtype=bool))
+    assert backend.score_calls == 0
