@@ -280,3 +280,24 @@ def test_symmetry_dummy_and_linearity(n_units, seed):
         assert np.ptp(solve(symmetric)[0, :2]) == pytest.approx(0, abs=1e-9)
         assert solve(without_last)[0, -1] == pytest.approx(0, abs=1e-9)
         np.testing.assert_allclose(solve(free + 2 * other), solve(free) + 2 * solve(other), atol=1e-9)
+
+
+def test_lime_is_judged_in_its_own_neighbourhood() -> None:
+    """The number removed is uniform on 1..n, as in its design; nothing fitted on is judged on [PE 4.2]."""
+    fitted = LIME().design(12, 60, rng=np.random.default_rng(0)).coalitions
+    drawn = LIME().held_out(12, 2000, rng=np.random.default_rng(1), exclude=fitted)
+    keys = {row.tobytes() for row in drawn}
+    assert len(keys) == len(drawn) == 2000
+    assert not keys & {row.tobytes() for row in fitted}
+    many = LIME().held_out(30, 3000, rng=np.random.default_rng(2), exclude=np.zeros((0, 30), dtype=bool))
+    removed = 30 - many.sum(axis=1)
+    inner = np.bincount(removed, minlength=31)[4:27]  # few distinct rows exist near the ends
+    assert inner.min() > 60
+    assert inner.max() < 170
+    last = LIME().held_out(
+        4,
+        9,
+        rng=np.random.default_rng(3),
+        exclude=LIME().design(4, 8, rng=np.random.default_rng(4)).coalitions,
+    )
+    assert len({row.tobytes() for row in last}) == 9

@@ -7,12 +7,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from proxyprompt.coalitions import BoolArray, FloatArray, row_keys
+from proxyprompt.coalitions import BoolArray, FloatArray, row_keys, uniform_coalitions
 from proxyprompt.errors import InputError
 
 from .base import Attribution, Design, Explainer, summarize
 
 __all__ = ["LIME"]
+
+_DRAWS = 50
 
 
 class LIME(Explainer):
@@ -112,6 +114,23 @@ class LIME(Explainer):
         rows, counts = _collapse(np.vstack([ends, drawn]))
         counts[0] -= 1.0  # the empty coalition was added for v(empty), not drawn
         return Design(rows, counts * self._kernel(rows), exact=False)
+
+    def held_out(self, n_units: int, n: int, *, rng: np.random.Generator, exclude: BoolArray) -> BoolArray:
+        """Draw distinct coalitions as :meth:`design` does; see :meth:`Explainer.held_out`.
+
+        Where so many are excluded that drawing anew finds too few, the rest is uniform over what is left.
+        """
+        check = uniform_coalitions(n_units, n, rng=rng, exclude=exclude)  # raises what is wrong
+        seen = set(row_keys(np.asarray(exclude, dtype=bool)))
+        found: dict[bytes, BoolArray] = {}
+        for _ in range(_DRAWS):
+            removed = rng.integers(1, n_units + 1, size=2 * n)
+            rows = np.argsort(rng.random((2 * n, n_units)), axis=1) >= removed[:, None]
+            found |= {k: r for k, r in zip(row_keys(rows), rows, strict=True) if k not in seen}
+            if len(found) >= n:
+                break
+        found |= {k: r for k, r in zip(row_keys(check), check, strict=True) if k not in found}
+        return np.array(list(found.values())[:n])
 
     def fit(self, design: Design, values: ArrayLike) -> Attribution:
         """Solve the ridge regression for every query.

@@ -16,6 +16,8 @@ from ._nested import Law, Prefix, draw_nested
 from .base import Attribution, ValueArrayFunction, check_values
 from .decisions import Decision
 from .extending import law_of
+from .kernel_shap import KernelSHAP
+from .weighted_banzhaf import WeightedBanzhaf
 
 __all__ = ["Look", "SettledAttribution", "attribute_until_settled"]
 
@@ -109,7 +111,7 @@ class SettledAttribution:
 
 
 def attribute_until_settled(
-    explainer: Explainer,
+    explainer: KernelSHAP | WeightedBanzhaf,
     value_function: ValueArrayFunction,
     n_units: int,
     *,
@@ -240,7 +242,7 @@ def attribute_until_settled(
 
 
 def _plan(
-    explainer: Explainer,
+    explainer: KernelSHAP | WeightedBanzhaf,
     law: Law,
     budget: int,
     first: int | None,

@@ -130,10 +130,14 @@ class WeightedBanzhaf(Explainer):
         used = design.weights > 0
         x = np.column_stack([np.ones(int(used.sum())), design.coalitions[used]])
         root = np.sqrt(design.weights[used])
+        # What is smaller than rounding could make it is nothing, or ties would become tiny differences with tiny errors.
+        rounding = 1e-12 * np.nanmax(np.abs(kept), initial=0.0)
         beta = _least_squares(x, root, kept[used])
+        beta[np.abs(beta) < rounding] = 0.0
         se_coalitions, df = np.zeros(design.n_units), float("inf")
         if not design.exact:
-            se_coalitions, df = _hc3(x, root, np.nanmean(kept[used] - x @ beta, axis=1))
+            residual = np.nanmean(kept[used] - x @ beta, axis=1)
+            se_coalitions, df = _hc3(x, root, np.where(np.abs(residual) < rounding, 0.0, residual))
         slopes = beta[1:].T
         mean, se, se_queries, se_coalitions = summarize(slopes, se_coalitions)
         return Attribution(
