@@ -9,18 +9,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "proxyprompt"
 LEVEL = {
-    "_version": 0, "errors": 0, "_require": 1,
-    "coalitions": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4, "sequential": 5, "testing": 4,
-    "backends": 5, "prompt": 6, "embedding": 6, "task": 7, "data": 8,
-    "_ledger_file": 8, "_request_keys": 8, "ledger": 9, "metering": 10, "value_function": 11,
-    "screening": 12, "optimize": 13, "settings": 13, "models": 14, "config": 15,
-    "pipeline": 16, "artifact": 17, "summary": 18, "report": 5, "outputs": 19, "demo": 20, "cli": 21,
+    "_version": 0, "errors": 0, "_require": 1, "_provider_caching": 2, "_segments": 2, "prices": 2,
+    "coalitions": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4,
+    "agreement": 4, "_sequential_rules": 4, "sequential": 5, "testing": 4, "backends": 5, "prompt": 6,
+    "units": 7, "embedding": 6, "money": 6, "savings": 7, "task": 7, "data": 8, "_ledger_file": 8,
+    "_request_keys": 8, "ledger": 9, "metering": 10, "value_function": 11, "_screening_pairs": 12,
+    "_screening_result": 12, "screening": 13, "explanation": 12, "optimize": 13, "settings": 13,
+    "_query_use": 10, "_shrinking": 15, "_shrinking_summary": 17, "models": 14, "config": 15,
+    "pipeline": 16, "artifact": 17, "explains": 18, "summary": 18, "report": 5, "outputs": 19,
+    "demo": 20, "cli": 21,
 }  # fmt: skip
 ARRAYS_ONLY = (
     "coalitions",
     "attribution",
     "fidelity",
+    "agreement",
     "sequential",
+    "_sequential_rules",
     "_noninferiority",
     "_trinomial",
     "testing",

@@ -13,10 +13,28 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .artifact import Artifact
-    from .attribution import Attribution, KernelSHAP, LeaveOneOut, WeightedBanzhaf
+    from .attribution import (
+        Attribution,
+        Banzhaf,
+        Below,
+        BottomK,
+        FullRanking,
+        Interactions,
+        KernelSHAP,
+        Lasso,
+        LeaveOneOut,
+        PairwiseInteractions,
+        PermutationShapley,
+        SurrogateSHAP,
+        TopK,
+        WeightedBanzhaf,
+        attribute_until_settled,
+    )
     from .config import load_config
     from .data import Splits, load_demonstrations, load_prompt, load_queries, save_prompt, split_queries
     from .errors import ProxyPromptError
+    from .explains import OutputCheck, calibrate_check
+    from .explanation import QueryExplanation, explain_queries
     from .ledger import Ledger
     from .models import open_model
     from .outputs import write_outputs
@@ -26,28 +44,48 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .summary import build_artifact
     from .task import LabelTask, TextTask
+    from .units import InstructionSentences, QueryDocuments, QuerySentences, QueryWords
     from .value_function import PromptValueFunction, Values
 
 _HOME = {
     "Artifact": "artifact",
     "Attribution": "attribution",
+    "Banzhaf": "attribution",
+    "Below": "attribution",
+    "BottomK": "attribution",
     "Demonstration": "prompt",
     "FewShotPrompt": "prompt",
+    "FullRanking": "attribution",
+    "InstructionSentences": "units",
+    "Interactions": "attribution",
     "KernelSHAP": "attribution",
     "LabelTask": "task",
+    "Lasso": "attribution",
     "LeaveOneOut": "attribution",
     "Ledger": "ledger",
+    "OutputCheck": "explains",
+    "PairwiseInteractions": "attribution",
+    "PermutationShapley": "attribution",
     "PromptValueFunction": "value_function",
     "ProxyPromptError": "errors",
     "Query": "prompt",
+    "QueryDocuments": "units",
+    "QueryExplanation": "explanation",
+    "QuerySentences": "units",
+    "QueryWords": "units",
     "Result": "pipeline",
     "Screening": "screening",
     "Settings": "settings",
     "Splits": "data",
+    "SurrogateSHAP": "attribution",
     "TextTask": "task",
+    "TopK": "attribution",
     "Values": "value_function",
     "WeightedBanzhaf": "attribution",
+    "attribute_until_settled": "attribution",
     "build_artifact": "summary",
+    "calibrate_check": "explains",
+    "explain_queries": "explanation",
     "load_config": "config",
     "load_demonstrations": "data",
     "load_prompt": "data",
@@ -63,24 +101,43 @@ _HOME = {
 __all__ = [
     "Artifact",
     "Attribution",
+    "Banzhaf",
+    "Below",
+    "BottomK",
     "Demonstration",
     "FewShotPrompt",
+    "FullRanking",
+    "InstructionSentences",
+    "Interactions",
     "KernelSHAP",
     "LabelTask",
+    "Lasso",
     "LeaveOneOut",
     "Ledger",
+    "OutputCheck",
+    "PairwiseInteractions",
+    "PermutationShapley",
     "PromptValueFunction",
     "ProxyPromptError",
     "Query",
+    "QueryDocuments",
+    "QueryExplanation",
+    "QuerySentences",
+    "QueryWords",
     "Result",
     "Screening",
     "Settings",
     "Splits",
+    "SurrogateSHAP",
     "TextTask",
+    "TopK",
     "Values",
     "WeightedBanzhaf",
     "__version__",
+    "attribute_until_settled",
     "build_artifact",
+    "calibrate_check",
+    "explain_queries",
     "load_config",
     "load_demonstrations",
     "load_prompt",

@@ -18,7 +18,13 @@ from ._trinomial import critical_score, p_value, power
 from .coalitions import FloatArray
 from .errors import InconclusiveError, InputError
 
-__all__ = ["CertifiableLoss", "NonInferiority", "non_inferiority", "smallest_certifiable_loss"]
+__all__ = [
+    "CertifiableLoss",
+    "NonInferiority",
+    "betting_p_value",
+    "non_inferiority",
+    "smallest_certifiable_loss",
+]
 
 _CAP = 0.9
 _PRIOR_VARIANCE = 0.03
@@ -85,6 +91,7 @@ def non_inferiority(
     margin: float | None = None,
     level: float = 0.05,
     method: Literal["auto", "exact", "betting"] = "auto",
+    horizon: int | None = None,
 ) -> NonInferiority:
     """Test whether a smaller prompt keeps enough of the full prompt's score.
 
@@ -103,6 +110,9 @@ def non_inferiority(
     method : {"auto", "exact", "betting"}
         ``"exact"`` for scores that are 0 or 1, ``"betting"`` for any scores. ``"auto"`` takes the first
         when all scores are 0 or 1; name it when the metric knows better than the sample.
+    horizon : int, optional
+        These are the first of so many pairs, fixed before, and more may follow: for ``"betting"`` only, whose
+        bets are laid out for all of them. Called again with more pairs, the same bets go on.
 
     Returns
     -------
@@ -157,16 +167,24 @@ def non_inferiority(
     (True, 0.98, 0.94)
     """
     _check_rule(tau, margin, level)
-    full, pruned, n_missing = _paired_scores(full, pruned)
+    full, pruned, n_missing = _paired_scores(full, pruned, horizon)
     binary = bool(np.isin(full, (0.0, 1.0)).all() and np.isin(pruned, (0.0, 1.0)).all())
     if method not in ("auto", "exact", "betting") or (method == "exact" and not binary):
         raise InputError(
             f"method={method!r}: 'exact' takes scores of 0 and 1 only; 'auto' and 'betting' take any.",
             hint="Use 'betting'.",
         )
+    if horizon is not None and (method != "betting" or horizon < len(full)):
+        raise InputError(
+            f"horizon={horizon} with {len(full)} pairs and method={method!r}: only 'betting' may look before all pairs"
+            " are there, and they are no more than planned.",
+            hint="The exact test is valid for one look, at all queries.",
+        )
     chosen: Literal["exact", "betting"] = "exact" if binary and method != "betting" else "betting"
-    test = _exact if chosen == "exact" else _betting
-    p, e, lower, ratio, counts = test(full, pruned, tau, margin, level)
+    if chosen == "exact":
+        p, e, lower, ratio, counts = _exact(full, pruned, tau, margin, level)
+    else:
+        p, e, lower, ratio, counts = _betting(full, pruned, tau, margin, level, horizon or len(full))
     difference = float(pruned.mean() - full.mean())
     allowed = margin if tau is None else (1 - tau) * float(full.mean())
     return NonInferiority(
@@ -232,22 +250,40 @@ def _last_rejected(p_of: Callable[[float], float], level: float, tested: float) 
 
 
 def _betting(
-    full: FloatArray, pruned: FloatArray, tau: float | None, margin: float | None, level: float
+    full: FloatArray, pruned: FloatArray, tau: float | None, margin: float | None, level: float, horizon: int
 ) -> _Outcome:
     """The same by betting; each bound inverts the test on a grid of null hypotheses."""
     share, null = (1.0, -float(margin or 0.0)) if tau is None else (tau, 0.0)
     d = pruned - share * full
-    wealth, peak = _wealth(d[:, None], np.array([share]), np.array([null]), level)
+    wealth, peak = _wealth(d[:, None], np.array([share]), np.array([null]), level, horizon)
     # The null under test is on the grid, so that bound and decision agree.
     nulls = np.union1d(np.linspace(-share, max(d.mean(), null), _STEPS), [null])
-    _, peaks = _wealth(np.tile(d[:, None], len(nulls)), np.full(len(nulls), share), nulls, level)
+    _, peaks = _wealth(np.tile(d[:, None], len(nulls)), np.full(len(nulls), share), nulls, level, horizon)
     lower = _last_leading(nulls, peaks >= log(1 / level), -share) - null
     ratio = None
     if tau is not None:
         shares = np.union1d(np.linspace(0.0, 1.0, _STEPS + 1)[1:], [tau])
-        _, peaks = _wealth(pruned[:, None] - shares * full[:, None], shares, np.zeros(len(shares)), level)
+        each = pruned[:, None] - shares * full[:, None]
+        _, peaks = _wealth(each, shares, np.zeros(len(shares)), level, horizon)
         ratio = _last_leading(shares, peaks >= log(1 / level), 0.0)
     return min(1.0, exp(-float(peak[0]))), exp(float(wealth[0])), lower, ratio, {}
+
+
+def betting_p_value(
+    full: ArrayLike,
+    pruned: ArrayLike,
+    *,
+    tau: float | None = None,
+    margin: float | None = None,
+    level: float = 0.05,
+    horizon: int,
+) -> float:
+    """The p-value of :func:`non_inferiority` with ``method="betting"``, without its bounds: quick, for interim looks."""
+    _check_rule(tau, margin, level)
+    full, pruned, _ = _paired_scores(full, pruned, horizon)
+    share, null = (1.0, -float(margin or 0.0)) if tau is None else (tau, 0.0)
+    _, peak = _wealth((pruned - share * full)[:, None], np.array([share]), np.array([null]), level, horizon)
+    return min(1.0, exp(-float(peak[0])))
 
 
 def _last_leading(nulls: FloatArray, rejected: NDArray[np.bool_], trivial: float) -> float:
@@ -257,15 +293,15 @@ def _last_leading(nulls: FloatArray, rejected: NDArray[np.bool_], trivial: float
 
 
 def _wealth(
-    d: FloatArray, share: FloatArray, null: FloatArray, level: float
+    d: FloatArray, share: FloatArray, null: FloatArray, level: float, horizon: int | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Final and largest log wealth of each column's bets against ``mean(d) <= null``."""
-    n, goal = len(d), log(1 / level)
+    """Latest and largest log wealth of each column's bets against ``mean(d) <= null``; ``horizon`` pairs are planned."""
+    n, goal = horizon or len(d), log(1 / level)
     y, m = (d + share) / (1 + share), (null + share) / (1 + share)
     cap = np.divide(_CAP, m, out=np.full(m.shape, np.inf), where=m > 0)
     total, squares = m * _PRIOR_PAIRS, np.full(m.shape, _PRIOR_VARIANCE * _PRIOR_PAIRS)
     wealth, peak = np.zeros(m.shape), np.zeros(m.shape)
-    for i in range(n):
+    for i in range(len(d)):
         variance = squares / (i + _PRIOR_PAIRS)
         bet = np.sqrt(2 * np.maximum(goal - wealth, 0.0) / ((n - i) * variance))
         # Nothing is staked once 1/level is reached: the evidence asked for is there.
@@ -287,7 +323,9 @@ def _check_rule(tau: float | None, margin: float | None, level: float) -> None:
         raise InputError(f"level={level}: strictly between 0 and 1.", hint="0.05 is usual.")
 
 
-def _paired_scores(full: ArrayLike, pruned: ArrayLike) -> tuple[FloatArray, FloatArray, int]:
+def _paired_scores(
+    full: ArrayLike, pruned: ArrayLike, horizon: int | None = None
+) -> tuple[FloatArray, FloatArray, int]:
     """Both score arrays with the worst case in place of missing pairs, and how many those are."""
     pair = [np.array(scores, dtype=np.float64) for scores in (full, pruned)]
     if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or len(pair[0]) < 1:
@@ -303,9 +341,10 @@ def _paired_scores(full: ArrayLike, pruned: ArrayLike) -> tuple[FloatArray, Floa
                 hint="Rescale the metric by its known range, not by the range of the sample.",
             )
     missing = np.isnan(pair[0]) | np.isnan(pair[1])
-    if missing.mean() > MAX_MISSING:
+    planned = horizon or len(missing)
+    if missing.sum() > MAX_MISSING * planned:
         raise InconclusiveError(
-            f"{int(missing.sum())} of {len(missing)} pairs lack a score; at most {MAX_MISSING:.0%} may.",
+            f"{int(missing.sum())} of {planned} pairs lack a score; at most {MAX_MISSING:.0%} may.",
             hint="Repeat the failed calls.",
         )
     pair[0][missing], pair[1][missing] = 1.0, 0.0

@@ -39,7 +39,7 @@ class Artifact:
     original, prompt : FewShotPrompt
         The prompt as it was, and as it should be deployed.
     kept, removed : tuple of str
-        Ids of demonstrations, in the prompt's order.
+        Ids of demonstrations: kept ones in the order that is deployed, removed ones in the original prompt's.
     certified : bool
         Whether the certificate holds for ``prompt``.
     summary : mapping
@@ -56,11 +56,11 @@ class Artifact:
     @property
     def prompt(self) -> FewShotPrompt:
         """The prompt to deploy."""
-        return self.original.keep(self.kept)
+        return self.original.reorder(self.kept)
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Ids of the demonstrations that stay."""
+        """Ids of the demonstrations that stay, in the order in which they are deployed."""
         return tuple(self.body["kept"])
 
     @property

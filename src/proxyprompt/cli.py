@@ -82,6 +82,7 @@ def run(config: Path, out: Path | None, as_json: bool, strict: bool, check_only:
         checked = load_config(config, output=out)
         if check_only:
             _say(_plan(checked))
+            _say(_power(checked))
             return
         _execute(checked, as_json=as_json, strict=strict)
 
@@ -172,6 +173,12 @@ def _plan(config: RunConfig) -> str:
         *(f"note: {note}" for note in config.notes),
     ]
     return "\n".join(lines)
+
+
+def _power(config: RunConfig) -> str:
+    from ._shrinking import plan
+
+    return plan(config.settings, config.task, len(config.splits["sealed"]))
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,7 @@
 
     title = "Support routing"
     output = "out"
-    tau = 0.9
+    tau = 0.9                      # or: margin = 0.02
     confidence = 0.95
     seed = 0
 
@@ -61,7 +61,7 @@ from .task import LabelTask, Task, TextTask
 __all__ = ["RunConfig", "load_config"]
 
 _SECTIONS: dict[str, frozenset[str]] = {
-    "": frozenset({"title", "output", "tau", "confidence", "seed"}),
+    "": frozenset({"title", "output", "tau", "margin", "confidence", "seed"}),
     "prompt": frozenset(
         {
             "file",
@@ -77,24 +77,67 @@ _SECTIONS: dict[str, frozenset[str]] = {
     "queries": frozenset({"file", "sizes", *SPLIT_NAMES}),
     "task": frozenset({"kind", "labels", "metric", "max_tokens", "stop"}),
     "screening": frozenset(
-        {"method", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
+        {"method", "on", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
     ),
-    "attribution": frozenset({"explainer", "proxy_coalitions", "oracle_queries"}),
-    "clean": frozenset({"enabled", "level", "suspect_level", "max_suspects"}),
-    "compress": frozenset({"max_evaluations", "keep"}),
+    "attribution": frozenset({"explainer", "proxy_coalitions", "calibrate", "oracle_queries"}),
+    "clean": frozenset(
+        {
+            "enabled",
+            "level",
+            "suspect_level",
+            "max_suspects",
+            "rounds",
+            "reexplain_calls",
+            "prior",
+            "relabel",
+            "relabel_level",
+        }
+    ),
+    "compress": frozenset(
+        {
+            "max_evaluations",
+            "search_level",
+            "keep",
+            "keep_labels",
+            "per",
+            "interactions",
+            "max_demonstrations",
+            "max_tokens",
+            "orders",
+        }
+    ),
+    "certificate": frozenset({"method", "block"}),
     "budget": frozenset({"target_calls", "target_tokens"}),
-    "price": frozenset({"input_per_million", "source"}),
+    "price": frozenset(
+        {
+            "input_per_million",
+            "output_per_million",
+            "cached_input_per_million",
+            "cache_write_per_million",
+            "batch_discount",
+            "currency",
+            "source",
+            "date",
+            "model",
+        }
+    ),
+    "caching": frozenset({"minimum_tokens", "increment_tokens", "hit_rate", "calls_per_hour"}),
     "report": frozenset({"text"}),
 }
 _RENAMED = {
     ("screening", "method"): "screening_method",
+    ("screening", "on"): "screening_on",
     ("screening", "tau"): "screening_tau",
     ("screening", "delta"): "screening_delta",
     ("screening", "block"): "screening_block",
     ("clean", "enabled"): "clean",
     ("clean", "level"): "clean_level",
-    ("price", "input_per_million"): "price_input_per_million",
-    ("price", "source"): "price_source",
+    ("clean", "rounds"): "clean_rounds",
+    ("clean", "prior"): "clean_prior",
+    ("certificate", "method"): "certificate_method",
+    ("certificate", "block"): "certificate_block",
+    **{("price", key): f"price_{key}" for key in _SECTIONS["price"]},
+    **{("caching", key): f"cache_{key}" for key in ("minimum_tokens", "increment_tokens", "hit_rate")},
 }
 
 
@@ -202,8 +245,19 @@ def _known_keys(raw: Mapping[str, Any], where: str) -> None:
 
 
 def _settings(raw: Mapping[str, Any], where: str) -> Settings:
-    values: dict[str, Any] = {k: raw[k] for k in ("tau", "confidence", "seed") if k in raw}
-    for section in ("screening", "attribution", "clean", "compress", "budget", "price"):
+    if "tau" in raw and "margin" in raw:
+        raise ConfigError(f"{where}: tau and margin are both given; one of them decides.")
+    values: dict[str, Any] = {k: raw[k] for k in ("tau", "margin", "confidence", "seed") if k in raw}
+    for section in (
+        "screening",
+        "attribution",
+        "clean",
+        "compress",
+        "certificate",
+        "budget",
+        "price",
+        "caching",
+    ):
         for key, value in raw.get(section, {}).items():
             values[_RENAMED.get((section, key), key)] = value
     keep = values.get("keep", ())

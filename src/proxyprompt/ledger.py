@@ -15,7 +15,8 @@ import socket
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -223,6 +224,12 @@ class Ledger:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection for one durable transaction, to modules that keep a table of their own beside the calls."""
+        with self._file.use("written", write=True) as connection:
+            yield connection
 
     # -- reading
 

@@ -13,26 +13,34 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .attribution import KernelSHAP, LeaveOneOut, WeightedBanzhaf
-from .attribution.base import Attribution, Explainer
+from ._query_use import note_use, query_key, refuse_used
+from ._shrinking import Explained, Shrinking, certify_shrinking, plan, shrink
+from .attribution import Banzhaf, KernelSHAP, Lasso, LeaveOneOut, PermutationShapley, WeightedBanzhaf
+from .attribution.base import Attribution, Design, Explainer
+from .attribution.calibrated import CalibratedAttribution, calibrate
+from .attribution.extending import nested_designs
 from .backends.base import Backend
 from .data import Splits
 from .errors import InputError
 from .ledger import CallRole, Ledger, Limits
 from .metering import Meter
-from .optimize.certificate import Certificate, certify
+from .optimize.certificate import Certificate
 from .optimize.clean import Cleaning, clean
-from .optimize.compress import Compression, compress, nested_path
+from .optimize.compress import Compression
+from .optimize.reexplain import Reexplainer
+from .optimize.relabel import Relabeling, own_queries, propose_relabels, zero_shot_doubts
+from .prices import Price, Pricing, Quote, quote_run
 from .prompt import FewShotPrompt, Query
-from .screening import Screening, agreement, screen
+from .screening import Screening, agreement, plan_screen, screen
 from .settings import Settings
-from .task import Task
+from .task import LabelTask, Task
 from .value_function import PromptValueFunction, Values
 
 __all__ = ["Explanation", "Observer", "Result", "optimize_prompt"]
@@ -40,8 +48,11 @@ __all__ = ["Explanation", "Observer", "Result", "optimize_prompt"]
 T = TypeVar("T")
 
 _EXPLAINERS: dict[str, type[Explainer]] = {
+    "banzhaf": Banzhaf,
     "kernel_shap": KernelSHAP,
+    "lasso": Lasso,
     "leave_one_out": LeaveOneOut,
+    "permutation_shapley": PermutationShapley,
     "weighted_banzhaf": WeightedBanzhaf,
 }
 
@@ -87,6 +98,11 @@ class Explanation:
     why : str
         Why this model explains.
     query_ids : tuple of str
+    calibration : CalibratedAttribution or None
+        How proxies that were not accepted made the target's own attributions more precise; ``None`` when they did not.
+    design : Design or None
+    utility : float (n_coalitions, n_queries) or None
+        What the attributions were fitted on.
     """
 
     attribution: Attribution
@@ -94,6 +110,9 @@ class Explanation:
     model: str
     why: str
     query_ids: tuple[str, ...]
+    calibration: CalibratedAttribution | None = None
+    design: Design | None = field(default=None, repr=False)
+    utility: NDArray[np.float64] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,15 +122,23 @@ class Result:
     Attributes
     ----------
     original, prompt : FewShotPrompt
-        The prompt before, and the prompt to deploy (the original if nothing was certified).
+        The prompt before, and the prompt to deploy, in the order that was certified (the original if nothing was).
     kept : bool (n_units,)
     explanation : Explanation
     screening : Screening or None
         ``None`` when no proxy was named.
     cleaning, compression, certificate
+    shrinking : Shrinking
+        How the choice came about: surrogate of the path, swaps, orders, caps.
+    relabeling : Relabeling or None
+        Labels that the target contradicts; ``None`` when that was not asked.
     settings : Settings
     run : str
         Key of this run in the ledger.
+    completion_tokens : float
+        Mean length of the target's answers.
+    pricing : Pricing
+        What the target and the proxies charge, or why that is not known.
     """
 
     title: str
@@ -124,12 +151,16 @@ class Result:
     screening: Screening | None
     cleaning: Cleaning
     compression: Compression
+    shrinking: Shrinking
     certificate: Certificate
     settings: Settings
     run: str
     target_name: str
     oracle_prompt_tokens: float
+    relabeling: Relabeling | None = None
     spent: tuple[Mapping[str, Any], ...] = ()
+    completion_tokens: float = 0.0
+    pricing: Pricing = field(default_factory=Pricing)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -148,14 +179,29 @@ class _Run:
     watch: Observer
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    wide: Design | None = None
+    asked: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._keys = {q.id: query_key(q) for queries in self.splits.values() for q in queries}
 
     def rng(self, purpose: int) -> np.random.Generator:
         """A generator of its own for each purpose, so that no stage shifts another's draws."""
         return np.random.default_rng([self.settings.seed, purpose])
 
-    def evaluate(self, meter: Meter, queries: Sequence[Query], stage: str, rows: NDArray[np.bool_]) -> Values:
+    def evaluate(
+        self,
+        meter: Meter,
+        queries: Sequence[Query],
+        stage: str,
+        rows: NDArray[np.bool_],
+        prompt: FewShotPrompt | None = None,
+    ) -> Values:
+        """Values of coalitions of the prompt, or of another; remembers which queries stages before the last have asked."""
+        if stage != "certify":
+            self.asked.update(self._keys[q.id] for q in queries if q.id in self._keys)
         return PromptValueFunction(
-            self.prompt, self.task, queries, meter, stage, self.watch.progress
+            prompt or self.prompt, self.task, queries, meter, stage, self.watch.progress
         ).evaluate(rows)
 
     def on_target(self, split: str, stage: str) -> Callable[[NDArray[np.bool_]], Values]:
@@ -191,8 +237,8 @@ def optimize_prompt(
     target : Backend
         The deployed model.
     proxies : sequence of Backend
-        Candidates to stand in for it, cheapest first: the first accepted one explains. Empty: the target
-        explains itself.
+        Candidates to stand in for it: the cheapest accepted one explains (models on this machine first, then by the price
+        of a prompt token, then in this order; without a known price last). Empty: the target explains itself.
     settings : Settings, optional
     ledger : Ledger or path
         Where every call is recorded; calls found there are not made again.
@@ -222,6 +268,14 @@ def optimize_prompt(
                 prompt, task, splits, target=target, proxies=proxies, settings=settings, ledger=opened,
                 observer=observer, title=title, notes=notes,
             )  # fmt: skip
+    pricing = quote_run(
+        target.identity,
+        {p.name: p.identity for p in proxies},
+        own=settings.own_price(),
+        model=settings.price_model,
+    )
+    # The first accepted proxy explains, so the cheapest comes first; equal prices keep the order given.
+    proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
     watch = observer or _Silent()
     key = _run_key(prompt, task, splits, settings, [target, *proxies])
     limits = Limits(settings.target_calls, settings.target_tokens)
@@ -236,28 +290,37 @@ def optimize_prompt(
         watch=watch,
         notes=list(notes),
     )
+    refuse_used(ledger, key, prompt, splits["sealed"])
+    watch.note(plan(settings, task, len(splits["sealed"])))
+    note_use(ledger, key, "explain", prompt, splits["explain"])
     screening = _timed(run, "screen", _screen)
     explanation = _timed(run, "attribute", lambda r: _explain(r, screening))
-    cleaning = _timed(run, "clean", lambda r: _clean(r, explanation))
-    compression = _timed(run, "compress", lambda r: _compress(r, explanation, cleaning))
-    certificate = _timed(run, "certify", lambda r: _certify(r, compression))
+    note_use(ledger, key, "select", prompt, splits["select"])
+    cleaning, relabeling = _timed(run, "clean", lambda r: _clean(r, explanation))
+    compression, shrinking = _timed(run, "compress", lambda r: _compress(r, explanation, screening, cleaning))
+    note_use(ledger, key, "sealed", prompt, splits["sealed"])
+    certificate = _timed(run, "certify", lambda r: _certify(r, compression, shrinking, ledger, key))
     return Result(
         title=title,
         original=prompt,
-        prompt=prompt.subset(certificate.kept.tolist()),
+        prompt=prompt.reorder([prompt.demonstrations[i].id for i in certificate.order]),
         kept=certificate.kept,
         task=task,
         splits=splits,
         explanation=explanation,
         screening=screening,
         cleaning=cleaning,
+        relabeling=relabeling,
         compression=compression,
+        shrinking=shrinking,
         certificate=certificate,
         settings=settings,
         run=key,
         target_name=target.name,
         oracle_prompt_tokens=_oracle_tokens(run, compression),
         spent=_spent(ledger, run, key),
+        completion_tokens=_completion_tokens(run),
+        pricing=pricing,
         seconds=run.seconds,
         notes=tuple(run.notes),
     )
@@ -272,6 +335,11 @@ def _check(prompt: FewShotPrompt, task: Task, splits: Splits, settings: Settings
         raise InputError(f"keep: {unknown} name no demonstration of the prompt.")
 
 
+def _price_of(quote: Quote) -> Decimal:
+    """Money per million prompt tokens; a model without a known price comes last."""
+    return quote.rates.input if isinstance(quote, Price) else Decimal("Infinity")
+
+
 def _timed(run: _Run, stage: str, step: Callable[[_Run], T]) -> T:
     start = time.perf_counter()
     value = step(run)
@@ -283,7 +351,7 @@ def _screen(run: _Run) -> Screening | None:
     if not run.proxies:
         return None
     s, n = run.settings, run.prompt.n_units
-    design = run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    design = _screening_design(run)
     if design.n_coalitions == 2**n:
         # With so few units every coalition is in the design; nothing is left to judge on.
         run.notes.append(
@@ -291,9 +359,23 @@ def _screen(run: _Run) -> Screening | None:
         )
         return None
     n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
-    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=design.coalitions)
+    taken = (
+        run.wide if run.wide is not None and run.wide.n_coalitions + n_judge <= 2 ** min(n, 30) else design
+    )
+    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=taken.coalitions)
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
+    plan_ahead = plan_screen(
+        len(run.splits["explain"]),
+        len(run.proxies),
+        method=s.screening_method,
+        on=s.screening_on,
+        tau=s.screening_tau,
+        delta=s.screening_delta,
+        max_pairs=s.max_pairs,
+        n_judge=n_judge,
+    )
+    run.watch.note(plan_ahead.text)
 
     def ask(meter: Meter) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
         return lambda queries, rows: run.evaluate(meter, queries, "screen", rows)
@@ -307,6 +389,7 @@ def _screen(run: _Run) -> Screening | None:
         judge_coalitions=judges,
         rng=run.rng(3),
         method=s.screening_method,
+        on=s.screening_on,
         tau=s.screening_tau,
         delta=s.screening_delta,
         max_pairs=s.max_pairs,
@@ -315,6 +398,17 @@ def _screen(run: _Run) -> Screening | None:
     for proxy in screening.proxies:
         run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
     return screening
+
+
+def _screening_design(run: _Run) -> Design:
+    """Coalitions to fit on; ``run.wide`` has more of them, for proxies only, and begins with the same rows."""
+    s, n = run.settings, run.prompt.n_units
+    if not s.calibrate or not isinstance(run.explainer, KernelSHAP | WeightedBanzhaf):
+        return run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    few, many = s.n_fit(n), max(s.n_fit(n), s.n_proxy(n))
+    design, wide = nested_designs(run.explainer, n, (few, many), rng=run.rng(1))
+    run.wide = wide if wide.n_coalitions > design.n_coalitions else None
+    return design
 
 
 def _explain(run: _Run, screening: Screening | None) -> Explanation:
@@ -352,6 +446,8 @@ def _by_proxy(run: _Run, name: str) -> Explanation | None:
             " predicts the same as the target; the target confirms and certifies."
         ),
         query_ids=tuple(q.id for q in agreed),
+        design=design,
+        utility=values.utility,
     )
 
 
@@ -367,6 +463,7 @@ def _by_target(run: _Run, screening: Screening | None) -> Explanation:
     )
     values = run.evaluate(run.target, queries, "attribute", design.coalitions)
     values.require_complete(f"attribution by {name}")
+    attribution, calibration = run.explainer.fit(design, values.utility), None
     if screening is None:
         why = "No proxy model was screened; the target explains itself."
     else:
@@ -375,9 +472,55 @@ def _by_target(run: _Run, screening: Screening | None) -> Explanation:
             f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
             " screen are used again."
         )
+        calibration = _calibrate(run, queries, design, values.utility)
+        if calibration is not None:
+            attribution = calibration.attribution
+            why += (
+                f" What it says of {design.n_coalitions} coalitions is completed by {', '.join(run.proxies)} on"
+                f" {calibration.n_proxy}: they explain {calibration.rho2:.0%} of the error from sampling coalitions, worth"
+                f" {calibration.multiplier:.2f} times as many target calls."
+            )
     return Explanation(
-        run.explainer.fit(design, values.utility), "target", name, why, tuple(q.id for q in queries)
+        attribution=attribution,
+        calibration=calibration,
+        role="target",
+        model=name,
+        why=why,
+        query_ids=tuple(q.id for q in queries),
+        design=design,
+        utility=values.utility,
     )
+
+
+def _calibrate(
+    run: _Run, queries: Sequence[Query], design: Design, utility: NDArray[np.float64]
+) -> CalibratedAttribution | None:
+    """Target attributions with the proxies' help; ``None`` when they are of none, or cannot say."""
+    if run.wide is None or not run.proxies or design.exact:
+        return None
+    values = [
+        run.evaluate(meter, queries, "attribute", run.wide.coalitions) for meter in run.proxies.values()
+    ]
+    if any(np.isnan(v.utility).any() for v in values):
+        run.notes.append(
+            "A proxy's answers were incomplete; the target's attributions were not calibrated with them."
+        )
+        return None
+    found = calibrate(
+        run.explainer,
+        run.wide,
+        np.stack([v.utility for v in values]),
+        np.arange(design.n_coalitions),
+        utility,
+        rng=run.rng(20),
+        measured_design=design,
+    )
+    if not found.lam.any():
+        run.notes.append(
+            f"{', '.join(run.proxies)} would not have made the target's attributions more precise; they are its own."
+        )
+        return None
+    return found
 
 
 def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
@@ -386,55 +529,96 @@ def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | N
     return [*first, *(q for q in queries if q.id not in set(bought))][: max(n, 1)]
 
 
-def _clean(run: _Run, explanation: Explanation) -> Cleaning:
-    attribution = explanation.attribution
+def _clean(run: _Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | None]:
+    s = run.settings
     run.watch.stage("clean", "Does the target confirm what looks harmful?")
-    if not run.settings.clean:
-        return Cleaning((), (), np.ones(run.prompt.n_units, dtype=np.bool_), run.settings.clean_level, 0)
-    return clean(
-        attribution,
+    if not s.clean:
+        whole = np.ones(run.prompt.n_units, dtype=np.bool_)
+        return Cleaning((), whole, s.clean_level, 0, "cleaning was not asked for"), None
+    own = own_queries(run.prompt, run.task)
+
+    def ask(queries: Sequence[Query], rows: NDArray[np.bool_]) -> Values:
+        return run.evaluate(run.target, queries, "clean", rows)
+
+    cleaning = clean(
+        explanation.attribution,
         run.on_target("select", "clean"),
-        level=run.settings.clean_level,
-        suspect_level=run.settings.suspect_level,
-        max_suspects=run.settings.max_suspects,
+        level=s.clean_level,
+        suspect_level=s.suspect_level,
+        max_suspects=s.max_suspects,
         protected=run.protected,
+        doubted=zero_shot_doubts(own, ask) if own is not None and s.clean_prior == "zero_shot" else (),
+        rounds=s.clean_rounds,
+        reexplain=_reexplainer(run, explanation),
+    )
+    if s.relabel == "off" or own is None or not isinstance(run.task, LabelTask):
+        return cleaning, None
+    labelled = [*run.splits["explain"], *run.splits["select"]]
+    return cleaning, propose_relabels(
+        run.prompt, run.task, labelled, cleaning.kept, ask, rng=run.rng(6), level=s.relabel_level
     )
 
 
-def _compress(run: _Run, explanation: Explanation, cleaning: Cleaning) -> Compression:
+def _reexplainer(run: _Run, explanation: Explanation) -> Reexplainer:
+    """Whoever explained explains again; the target's calls are limited."""
+    s, by_id = run.settings, {q.id: q for q in run.splits["explain"]}
+    queries = [by_id[i] for i in explanation.query_ids]
+    of_target = explanation.role == "target"
+    meter = run.target if of_target else run.proxies[explanation.model]
+    half = explanation.attribution.n_coalitions * len(queries) // 2
+    return Reexplainer(
+        explainer=run.explainer,
+        ask=lambda queries, rows: run.evaluate(meter, queries, "clean", rows),
+        queries=queries,
+        budget=s.n_fit if of_target else s.n_proxy,
+        rng=run.rng(5),
+        calls=None if not of_target else half if s.reexplain_calls is None else s.reexplain_calls,
+    )
+
+
+def _compress(
+    run: _Run, explanation: Explanation, screening: Screening | None, cleaning: Cleaning
+) -> tuple[Compression, Shrinking]:
     run.watch.stage("compress", "How few demonstrations does the target need?")
-    path = nested_path(explanation.attribution.mean, cleaning.kept, protected=run.protected)
-    return compress(
-        path,
-        run.on_target("select", "compress"),
-        tau=run.settings.tau,
-        max_evaluations=run.settings.max_evaluations,
+    by_id = {q.id: q for q in run.splits["explain"]}
+    proxy = run.proxies[explanation.model] if explanation.role == "proxy" else None
+    explained = Explained(
+        attribution=explanation.attribution,
+        design=explanation.design,
+        utility=explanation.utility,
+        proxy=proxy,
+        queries=[by_id[i] for i in explanation.query_ids],
+        target_tokens=lambda: _target_tokens(run, explanation, screening),
     )
+    return shrink(run, explained, cleaning.kept)
 
 
-def _certify(run: _Run, compression: Compression) -> Certificate:
-    n = len(run.splits["sealed"])
-    run.watch.stage("certify", f"Does it hold on {n} sealed queries?")
-    return certify(
-        [point.kept for point in compression.candidates],
-        run.on_target("sealed", "certify"),
-        n_units=run.prompt.n_units,
-        tau=run.settings.tau,
-        level=run.settings.level,
-        n_sealed=n,
-        query_digest=run.splits.digest("sealed"),
-        full_score=compression.full.performance,
-        right_or_wrong=run.task.right_or_wrong,
-        cleaned_bar=compression.cleaned_is_better,
-    )
+def _target_tokens(
+    run: _Run, explanation: Explanation, screening: Screening | None
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Token counts of coalitions that the target has answered, from the ledger."""
+    if explanation.role == "target" and explanation.design is not None:
+        rows, query_id = explanation.design.coalitions, explanation.query_ids[0]
+    elif screening is not None and screening.queries_bought:
+        rows, query_id = screening.design.coalitions, screening.queries_bought[0]
+    else:
+        return np.zeros((0, run.prompt.n_units), dtype=np.bool_), np.zeros(0, dtype=np.int64)
+    queries = [q for q in run.splits["explain"] if q.id == query_id]
+    return rows, run.evaluate(run.target, queries, "attribute", rows).prompt_tokens[:, 0]
+
+
+def _certify(
+    run: _Run, compression: Compression, shrinking: Shrinking, ledger: Ledger, key: str
+) -> Certificate:
+    run.watch.stage("certify", f"Does it hold on {len(run.splits['sealed'])} sealed queries?")
+    return certify_shrinking(run, compression, shrinking, ledger, key)
 
 
 def _oracle_tokens(run: _Run, compression: Compression) -> float:
     """Mean prompt tokens of a random coalition on the target: half way between its empty and full prompt."""
-    tokens = [p.tokens for p in compression.points if p.n_kept == 0]
-    if not tokens or not compression.full.tokens:
+    if not compression.zero_shot.tokens or not compression.full.tokens:
         return compression.full.tokens
-    return (tokens[0] + compression.full.tokens) / 2
+    return (compression.zero_shot.tokens + compression.full.tokens) / 2
 
 
 def _spent(ledger: Ledger, run: _Run, key: str) -> tuple[Mapping[str, Any], ...]:
@@ -458,12 +642,23 @@ def _spent(ledger: Ledger, run: _Run, key: str) -> tuple[Mapping[str, Any], ...]
                         "model": meter.backend.name,
                         "calls": total.done if total else 0,
                         "tokens": total.prompt_tokens + total.completion_tokens if total else 0,
+                        "prompt_tokens": total.prompt_tokens if total else 0,
+                        "completion_tokens": total.completion_tokens if total else 0,
+                        "cached_tokens": total.cached_tokens if total else 0,
+                        "unknown": total.unknown if total else 0,
                         "bought_now": now.bought if now else 0,
                         "reused_now": now.reused if now else 0,
                         "tokens_now": now.prompt_tokens_bought + now.completion_tokens_bought if now else 0,
                     }
                 )
     return tuple(rows)
+
+
+def _completion_tokens(run: _Run) -> float:
+    """Mean completion tokens of the target's answers, bought or found."""
+    stats = run.target.stats
+    answers = stats.bought + stats.reused
+    return (stats.completion_tokens_bought + stats.completion_tokens_reused) / answers if answers else 0.0
 
 
 def _run_key(
@@ -473,7 +668,7 @@ def _run_key(
         "prompt": prompt.to_dict(),
         "task": repr(task),
         "splits": {name: splits.digest(name) for name in splits},
-        "settings": settings.to_dict(),
+        "settings": settings.decisive(),
         "models": [dict(b.identity) for b in backends],
     }
     return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -2,15 +2,24 @@
 
 For each query on which target ``f`` and proxy ``f'`` predict the same on the full prompt, a surrogate is
 fitted on ``f`` and one on ``f'`` over the same coalitions, and both are judged on other coalitions against
-``f`` (fidelity, [PE 4.2]). The differences ``d_i = q_proxy(x_i) - tau * q_oracle(x_i)`` go to a sequential
-rule. Target outputs sit in one buffer that all proxies share, so no target call is made twice.
+``f``. The differences ``d_i = q_proxy(x_i) - tau * q_oracle(x_i)`` go to a sequential rule. Target outputs sit
+in one buffer that all proxies share, so no target call is made twice.
 
-Two rules:
+What ``q`` is:
+
+``"attribution"`` (default)
+    Agreement of attributions: the correlation, over held-out coalitions, of what the surrogate predicts with what the
+    target's value is, less what chance gives (:mod:`proxyprompt.agreement`). It compares the reasons.
+``"fidelity"``
+    [PE 4.2]: the share of held-out coalitions on which the surrogate names the target's label. Where a label hardly
+    ever changes, every surrogate that names it is faithful, whatever its reasons.
+
+Both are always computed and reported; the setting says which one decides. Two rules:
 
 ``"betting"`` (default)
-    The one-sided betting e-process, valid at every look, ``delta / M`` for ``M`` proxies.
+    The one-sided betting e-process, valid at every look, ``delta / M`` for ``M`` candidates.
 ``"paper"``
-    Algorithm 1 as printed: a t interval after every pair. Its error is far above nominal (see
+    Algorithm 1 as printed: fidelity, and a t interval after every pair. Its error is far above nominal (see
     :func:`proxyprompt.sequential.paired_t_rule`); it is offered for comparison and says so.
 
 Whatever rule decides, the evidence shows what the other would have said on the same data.
@@ -22,16 +31,28 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from statistics import NormalDist
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._screening_pairs import (
+    KINDS,
+    Candidate,
+    Evaluate,
+    Judges,
+    agreement,
+    averaged,
+    candidates_of,
+    screen_block,
+)
+from ._screening_result import Evidence, ProxyScreening, Screening, ScreeningPlan
+from .agreement import chance_agreement
 from .attribution.base import Design, Explainer
 from .errors import InputError
-from .fidelity import label_fidelity, score_fidelity
 from .prompt import Query
 from .sequential import (
     SequentialDecision,
@@ -40,139 +61,96 @@ from .sequential import (
     paired_t_rule,
     smallest_possible_acceptance,
 )
-from .value_function import Values
 
-__all__ = ["ProxyScreening", "Screening", "agreement", "screen"]
+__all__ = [
+    "Evidence",
+    "ProxyScreening",
+    "Screening",
+    "ScreeningPlan",
+    "agreement",
+    "averaged",
+    "plan_screen",
+    "screen",
+]
 
 Method: TypeAlias = Literal["betting", "paper"]
-Evaluate: TypeAlias = Callable[[Sequence[Query], NDArray[np.bool_]], Values]
-"""Ask one model for a matrix of coalitions on some queries."""
+On: TypeAlias = Literal["attribution", "fidelity"]
 
-SAME_SCORE = 0.5
+_TYPICAL_SPREAD = 0.15
+"""Standard deviation of differences that the power line speaks of; on recorded closed models .1 to .3."""
 
 
-@dataclass(frozen=True)
-class ProxyScreening:
-    """Evidence about one proxy model.
+def plan_screen(
+    n_queries: int,
+    n_candidates: int = 1,
+    *,
+    method: Method = "betting",
+    on: On | None = None,
+    tau: float = 0.8,
+    delta: float = 0.05,
+    max_pairs: int = 100,
+    n_judge: int = 24,
+) -> ScreeningPlan:
+    """What a screen of these settings can find; asks nothing.
 
-    Attributes
+    Parameters
     ----------
-    name : str
-    decision : {"accepted", "rejected", "undecided"}
-        Undecided is never accepted.
-    rule : SequentialDecision
-        The deciding rule with its evidence path.
-    other_rule : SequentialDecision
-        What the other method says on the same differences.
-    query_ids : tuple of str
-        Agreeing queries in the order they were used.
-    q_proxy, q_oracle : tuple of float
-        Fidelity to the target of the surrogate fitted on the proxy / on the target, per query, in [0, 1].
-    n_seen, n_agree : int
-        Queries drawn, and those among them on which both models predict the same on the full prompt.
-    rank_correlation : float or None
-        Spearman correlation of the two models' mean attributions on the queries used: agreement of *reasons*,
-        which fidelity does not see. Evidence only; it decides nothing here.
-    """
-
-    name: str
-    decision: str
-    rule: SequentialDecision
-    other_rule: SequentialDecision | None
-    query_ids: tuple[str, ...]
-    q_proxy: tuple[float, ...]
-    q_oracle: tuple[float, ...]
-    n_seen: int
-    n_agree: int
-    rank_correlation: float | None
-
-    @property
-    def agreement_rate(self) -> float:
-        """Share of drawn queries on which the two models predict the same; NaN if none was drawn."""
-        return self.n_agree / self.n_seen if self.n_seen else float("nan")
-
-
-@dataclass(frozen=True)
-class Screening:
-    """Result for all candidate proxies, in the order they were given.
-
-    Attributes
-    ----------
-    proxies : tuple of ProxyScreening
-    method, tau, delta, max_pairs
-        As asked; ``delta`` is before division by the number of candidates.
-    design : Design
-        Coalitions the surrogates were fitted on; row ``design.full_row`` is the full prompt.
-    judge_coalitions : bool (n_judge, n_units)
+    n_queries, n_candidates : int
+        An ensemble is a candidate too.
+    method, on, tau, delta, max_pairs
+        As for :func:`screen`.
+    n_judge : int
         Held-out coalitions.
-    queries_bought : tuple of str
-        Ids of the queries whose target outputs are in the buffer.
+
+    Returns
+    -------
+    ScreeningPlan
+
+    Raises
+    ------
+    InputError
+        If the settings could not accept even a perfect proxy, or contradict each other.
+
+    Examples
+    --------
+    >>> plan = plan_screen(200)
+    >>> plan.earliest, round(plan.detectable, 2)
+    (25, 0.05)
     """
-
-    proxies: tuple[ProxyScreening, ...]
-    method: str
-    tau: float
-    delta: float
-    max_pairs: int
-    design: Design
-    judge_coalitions: NDArray[np.bool_] = field(repr=False)
-    queries_bought: tuple[str, ...] = ()
-    smallest_n: int = 0
-
-    @property
-    def accepted(self) -> tuple[str, ...]:
-        """Names of the accepted proxies."""
-        return tuple(p.name for p in self.proxies if p.decision == "accepted")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe evidence."""
-        return {
-            "method": self.method,
-            "tau": self.tau,
-            "delta": self.delta,
-            "max_pairs": self.max_pairs,
-            "smallest_n": self.smallest_n,
-            "fit_coalitions": self.design.n_coalitions,
-            "judge_coalitions": len(self.judge_coalitions),
-            "queries_bought": list(self.queries_bought),
-            "proxies": [
-                {
-                    "name": p.name,
-                    "decision": p.decision,
-                    "n_used": p.rule.n_used,
-                    "n_seen": p.n_seen,
-                    "n_agree": p.n_agree,
-                    "query_ids": list(p.query_ids),
-                    "q_proxy": list(p.q_proxy),
-                    "q_oracle": list(p.q_oracle),
-                    "rank_correlation": p.rank_correlation,
-                    "rule": rule_to_dict(p.rule),
-                    "other_rule": rule_to_dict(p.other_rule) if p.other_rule else None,
-                }
-                for p in self.proxies
-            ],
-        }
-
-
-@dataclass
-class _Candidate:
-    """What is known of one proxy so far."""
-
-    name: str
-    evaluate: Evaluate
-    ids: list[str] = field(default_factory=list)
-    q_proxy: list[float] = field(default_factory=list)
-    q_oracle: list[float] = field(default_factory=list)
-    utility: list[NDArray[np.float64]] = field(default_factory=list)
-    target_utility: list[NDArray[np.float64]] = field(default_factory=list)
-    n_seen: int = 0
-    n_agree: int = 0
-    decision: SequentialDecision | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether more pairs can still change the answer."""
-        return self.decision is None or self.decision.reason == "out_of_data"
+    decides = _check_rule(method, on, tau, delta)
+    n_max = min(max_pairs, n_queries)
+    level = delta / n_candidates if method == "betting" else delta
+    chance = chance_agreement(n_judge) if decides == "attribution" else 0.0
+    earliest: int | None = 2
+    if method == "betting":
+        earliest = earliest_acceptance(tau=tau, delta=level, max_pairs=n_max, chance=chance)
+    if earliest is None:
+        raise InputError(
+            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within the"
+            f" {n_max} pairs that are possible; no rule at all can accept one before"
+            f" {smallest_possible_acceptance(tau, 1.0, level)}.",
+            hint="Give more queries to explain, lower tau, or raise delta.",
+        )
+    normal = NormalDist()
+    by_noise = (normal.inv_cdf(1 - level) + normal.inv_cdf(0.8)) * _TYPICAL_SPREAD / sqrt(n_max)
+    by_range = tau * (level ** (-1 / n_max) - 1)
+    # A tenth on top for what the bets lose before they know the spread.
+    detectable = 1.1 * float(np.hypot(by_noise, by_range))
+    what = (
+        "attributions agree with the target"
+        if decides == "attribution"
+        else "explanations predict the target"
+    )
+    text = (
+        f"The screen uses up to {n_max} queries. A proxy whose {what} on every query just as well as the target's own"
+        f" is accepted after {earliest} of them."
+    )
+    if method == "betting":
+        text += (
+            f" One that is better than {tau:g} of the target's own by {detectable:.2f} on average is found in about four"
+            f" screens of five (for differences that scatter by {_TYPICAL_SPREAD:g})."
+        )
+    return ScreeningPlan(decides, level, n_max, earliest, detectable, chance, text)
 
 
 def screen(
@@ -185,6 +163,8 @@ def screen(
     judge_coalitions: NDArray[np.bool_],
     rng: np.random.Generator,
     method: Method = "betting",
+    on: On | None = None,
+    ensemble: bool = False,
     tau: float = 0.8,
     delta: float = 0.05,
     max_pairs: int = 100,
@@ -197,7 +177,7 @@ def screen(
     target : callable
         ``target(queries, coalitions) -> Values``: asks the target model.
     proxies : mapping of name to callable
-        The same for each candidate.
+        The same for each candidate, cheapest first.
     queries : sequence of Query
         Drawn without replacement in random order; rejected when target and proxy disagree on the full prompt.
     explainer : Explainer
@@ -207,12 +187,17 @@ def screen(
     rng : numpy.random.Generator
         Order of the queries.
     method : {"betting", "paper"}
+    on : {"attribution", "fidelity"}, optional
+        Which evidence decides. Default: attributions; fidelity for the paper's method, which knows nothing else.
+    ensemble : bool
+        Screen the ensemble of all proxies as one more candidate: the mean of their standardised attributions
+        (:mod:`proxyprompt.attribution.ensemble`), and the mean of their probabilities for what it predicts.
     tau : float
-        Wanted share of the oracle's fidelity, in (0, 1].
+        Wanted share of what the target reaches with itself, in (0, 1].
     delta : float
-        Error level; ``delta / n_proxies`` per proxy for ``"betting"``, as printed for ``"paper"``.
+        Error level; ``delta / n_candidates`` per candidate for ``"betting"``, as printed for ``"paper"``.
     max_pairs : int
-        At most so many pairs per proxy (``N``).
+        At most so many pairs per candidate (``N``).
     block : int
         Queries asked at once; the rule still looks after every pair. Larger blocks share more work on a
         local target, smaller ones save calls on a remote one.
@@ -225,210 +210,136 @@ def screen(
     ------
     InputError
         If the settings could not accept even a perfect proxy, or nothing is given to screen.
+
+    Notes
+    -----
+    A query on which the deciding evidence cannot be had (the target's held-out values do not vary, or too much is
+    missing) makes no pair.
     """
-    _check(proxies, queries, method, tau, delta, block)
-    n_max = min(max_pairs, len(queries))
-    level = delta / len(proxies) if method == "betting" else delta
-    smallest = earliest_acceptance(tau=tau, delta=level, max_pairs=n_max) if method == "betting" else 2
-    if smallest is None:
-        raise InputError(
-            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within the"
-            f" {n_max} pairs that are possible; no rule at all can accept one before"
-            f" {smallest_possible_acceptance(tau, 1.0, level)}.",
-            hint="Give more queries to explain, lower tau, or raise delta.",
-        )
-    candidates = [_Candidate(name, evaluate) for name, evaluate in proxies.items()]
-    judges = _Judges(explainer, design, np.asarray(judge_coalitions, dtype=np.bool_))
-    full = np.ones((1, design.n_units), dtype=np.bool_)
+    _check(proxies, queries, block)
+    candidates = candidates_of(proxies, ensemble)
+    plan = plan_screen(
+        len(queries),
+        len(candidates),
+        method=method,
+        on=on,
+        tau=tau,
+        delta=delta,
+        max_pairs=max_pairs,
+        n_judge=len(judge_coalitions),
+    )
+    judges = Judges(explainer, design, np.asarray(judge_coalitions, dtype=np.bool_))
+    decisions: dict[str, SequentialDecision] = {}
     bought: list[str] = []
+    asked = 0
     order = [queries[int(i)] for i in rng.permutation(len(queries))]
     for start in range(0, len(order), block):
-        active = [c for c in candidates if c.open and len(c.q_proxy) < n_max]
+        active = [c for c in candidates if _open(c, decisions.get(c.name), plan)]
         if not active:
             break
         part = order[start : start + block]
-        target_full = target(part, full)
-        agree = {c.name: agreement(target_full, c.evaluate(part, full))[0] for c in active}
-        wanted = [j for j in range(len(part)) if any(agree[c.name][j] for c in active)]
-        rows = [part[j] for j in wanted]
-        if rows:
-            bought += [q.id for q in rows]
-            on_target = target(rows, judges.all_rows)
-            for c in active:
-                mine = [k for k, j in enumerate(wanted) if agree[c.name][j]]
-                _add_pairs(c, judges, on_target, [rows[k] for k in mine], mine)
+        new = screen_block(part, target, proxies, active, judges, plan.on)
+        bought += new
+        # The full prompt of the design is the one already asked.
+        asked += len(part) + len(new) * (len(judges.all_rows) - 1)
         for c in active:
-            c.n_seen += len(part)
-            c.n_agree += int(sum(agree[c.name]))
-            c.decision = _decide(method, c, tau=tau, level=level, n_max=n_max)
+            decisions[c.name] = _decide(c, method, tau, plan)
     return Screening(
-        proxies=tuple(_evidence(c, judges, method, tau=tau, level=level, n_max=n_max) for c in candidates),
+        proxies=tuple(_result(c, judges, method, tau, plan) for c in candidates),
         method=method,
+        on=plan.on,
         tau=tau,
         delta=delta,
-        max_pairs=n_max,
+        max_pairs=plan.max_pairs,
         design=design,
+        plan=plan,
         judge_coalitions=judges.held_out,
         queries_bought=tuple(bought),
-        smallest_n=smallest,
+        target_pairs=asked,
     )
 
 
-def agreement(first: Values, second: Values) -> NDArray[np.bool_]:
-    """Instance-level screening [PE 3.1]: do two models predict the same? Shape ``(n_coalitions, n_queries)``.
-
-    Labels: the predicted label is equal. Generated text: the scores differ by less than one half, which for
-    exact match means both right or both wrong. A missing value never agrees.
-    """
-    if first.scale == "score" or second.scale == "score":
-        with np.errstate(invalid="ignore"):
-            return np.asarray(np.abs(first.performance - second.performance) < SAME_SCORE, dtype=np.bool_)
-    return np.asarray((first.predictions == second.predictions) & (first.predictions >= 0), dtype=np.bool_)
+def _open(c: Candidate, decision: SequentialDecision | None, plan: ScreeningPlan) -> bool:
+    """Whether more pairs can still change the answer."""
+    return (decision is None or decision.reason == "out_of_data") and len(c.ids) < plan.max_pairs
 
 
-@dataclass(frozen=True)
-class _Judges:
-    """Fits surrogates on the design and judges them on the held-out coalitions."""
-
-    explainer: Explainer
-    design: Design
-    held_out: NDArray[np.bool_]
-
-    @property
-    def all_rows(self) -> NDArray[np.bool_]:
-        return np.vstack([self.design.coalitions, self.held_out])
-
-    def fidelity(self, fitted_on: Values, judged_on: Values) -> NDArray[np.float64]:
-        """Fidelity per query of the surrogate of one model to the other, on the held-out rows."""
-        m = self.design.n_coalitions
-        if fitted_on.probabilities is None:
-            return score_fidelity(
-                self.design,
-                fitted_on.utility[:m],
-                self.held_out,
-                judged_on.utility[m:],
-                judged_base=judged_on.utility[self.design.empty_row],
-                judged_full=judged_on.utility[self.design.full_row],
-                explainer=self.explainer,
-            ).side_agreement
-        return label_fidelity(
-            self.design,
-            fitted_on.probabilities[:m],
-            self.held_out,
-            judged_on.predictions[m:],
-            explainer=self.explainer,
-        )
+def _bets(
+    c: Candidate, kind: str, tau: float, level: float, n_max: int, chance: float
+) -> SequentialDecision | None:
+    """The betting rule on one kind of evidence; ``None`` where it could not accept at all."""
+    if tau >= 1 or earliest_acceptance(tau=tau, delta=level, max_pairs=n_max, chance=chance) is None:
+        return None
+    _, q_proxy, q_oracle = c.pairs(kind)
+    d = (q_proxy - chance) - tau * (q_oracle - chance)
+    return betting_rule(d[:n_max], tau=tau, delta=level, max_pairs=n_max, chance=chance)
 
 
-def _add_pairs(
-    c: _Candidate, judges: _Judges, on_target: Values, queries: list[Query], columns: list[int]
-) -> None:
-    if not queries:
-        return
-    mine = _columns(on_target, columns)
-    on_proxy = c.evaluate(queries, judges.all_rows)
-    q_oracle, q_proxy = judges.fidelity(mine, mine), judges.fidelity(on_proxy, mine)
-    m = judges.design.n_coalitions
-    for k, query in enumerate(queries):
-        if np.isnan(q_oracle[k]) or np.isnan(q_proxy[k]):
-            continue
-        c.ids.append(query.id)
-        c.q_oracle.append(float(q_oracle[k]))
-        c.q_proxy.append(float(q_proxy[k]))
-        c.utility.append(on_proxy.utility[:m, k])
-        c.target_utility.append(mine.utility[:m, k])
+def _paper(c: Candidate, tau: float, delta: float, n_max: int) -> SequentialDecision:
+    _, q_proxy, q_oracle = c.pairs("fidelity")
+    return paired_t_rule((q_proxy - tau * q_oracle)[:n_max], delta=delta, max_pairs=n_max)
 
 
-def _columns(values: Values, columns: list[int]) -> Values:
-    return Values(
-        coalitions=values.coalitions,
-        utility=values.utility[:, columns],
-        performance=values.performance[:, columns],
-        predictions=values.predictions[:, columns],
-        probabilities=None if values.probabilities is None else values.probabilities[:, columns],
-        prompt_tokens=values.prompt_tokens[:, columns],
-        scale=values.scale,
-    )
-
-
-def _differences(c: _Candidate, tau: float) -> NDArray[np.float64]:
-    return np.asarray(c.q_proxy) - tau * np.asarray(c.q_oracle)
-
-
-def _decide(method: str, c: _Candidate, *, tau: float, level: float, n_max: int) -> SequentialDecision:
-    d = _differences(c, tau)[:n_max]
+def _decide(c: Candidate, method: str, tau: float, plan: ScreeningPlan) -> SequentialDecision:
     if method == "paper":
-        return paired_t_rule(d, delta=level, max_pairs=n_max)
-    return betting_rule(d, tau=tau, delta=level, max_pairs=n_max)
+        return _paper(c, tau, plan.level, plan.max_pairs)
+    rule = _bets(c, plan.on, tau, plan.level, plan.max_pairs, plan.chance)
+    assert rule is not None, "the plan refuses such settings"
+    return rule
 
 
-def _evidence(
-    c: _Candidate, judges: _Judges, method: str, *, tau: float, level: float, n_max: int
-) -> ProxyScreening:
-    rule = c.decision if c.decision is not None else _decide(method, c, tau=tau, level=level, n_max=n_max)
-    # The comparison uses the settings each rule is known by: 99 % for the paper's, ours at the level asked.
+def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: ScreeningPlan) -> ProxyScreening:
+    rule = _decide(c, method, tau, plan)
+    # Each rule is compared at the settings it is known by: the paper's at 99 %, ours at 95 % or what was asked.
+    level = plan.level if method == "betting" else 0.05
+    kinds = {}
+    for kind, chance in (("attribution", chance_agreement(len(judges.held_out))), ("fidelity", 0.0)):
+        ids, q_proxy, q_oracle = c.pairs(kind)
+        says = rule if kind == plan.on else _bets(c, kind, tau, level, plan.max_pairs, chance)
+        kinds[kind] = Evidence(kind, ids, tuple(q_proxy.tolist()), tuple(q_oracle.tolist()), chance, says)
     other: SequentialDecision | None
     if method == "betting":
-        other = _decide("paper", c, tau=tau, level=0.01, n_max=n_max)
-    elif tau < 1 and earliest_acceptance(tau=tau, delta=0.05, max_pairs=n_max) is not None:
-        other = _decide("betting", c, tau=tau, level=0.05, n_max=n_max)
+        other = _paper(c, tau, 0.01, plan.max_pairs)
     else:
-        other = None
+        other = _bets(c, "fidelity", tau, level, plan.max_pairs, 0.0)
+    rank, mass = judges.mean_agreement(c)
     return ProxyScreening(
         name=c.name,
+        members=c.members,
         decision=rule.decision,
         rule=rule,
         other_rule=other,
-        query_ids=tuple(c.ids),
-        q_proxy=tuple(c.q_proxy),
-        q_oracle=tuple(c.q_oracle),
+        decided_by=kinds[plan.on],
+        beside=kinds["fidelity" if plan.on == "attribution" else "attribution"],
         n_seen=c.n_seen,
         n_agree=c.n_agree,
-        rank_correlation=_rank_correlation(c, judges),
+        rank_correlation=rank,
+        top_mass=mass,
     )
 
 
-def _rank_correlation(c: _Candidate, judges: _Judges) -> float | None:
-    if len(c.ids) < 2 or judges.design.n_units < 3:
-        return None
-    from scipy.stats import spearmanr
-
-    of_target = judges.explainer.fit(judges.design, np.stack(c.target_utility, axis=1)).mean
-    of_proxy = judges.explainer.fit(judges.design, np.stack(c.utility, axis=1)).mean
-    if np.ptp(of_target) == 0 or np.ptp(of_proxy) == 0:
-        return None
-    return float(spearmanr(of_target, of_proxy).statistic)
-
-
-def rule_to_dict(rule: SequentialDecision) -> dict[str, Any]:
-    """JSON-safe form of a sequential decision."""
-    return {
-        "method": rule.method,
-        "decision": rule.decision,
-        "n_used": rule.n_used,
-        "path": [[float(x) for x in row] for row in rule.path],
-        "settings": dict(rule.settings),
-        "note": rule.note,
-    }
-
-
-def _check(
-    proxies: Mapping[str, Evaluate],
-    queries: Sequence[Query],
-    method: str,
-    tau: float,
-    delta: float,
-    block: int,
-) -> None:
+def _check(proxies: Mapping[str, Evaluate], queries: Sequence[Query], block: int) -> None:
     if not proxies:
         raise InputError("proxies: none given; at least one is needed to screen.")
     if not queries:
         raise InputError("queries: none given; screening draws its pairs from them.")
+    if block < 1:
+        raise InputError(f"block: got {block!r}; at least 1.")
+
+
+def _check_rule(method: str, on: str | None, tau: float, delta: float) -> str:
+    """What decides."""
     if method not in ("betting", "paper"):
         raise InputError(f"method: got {method!r}; allowed: betting, paper.")
+    if on not in (None, *KINDS):
+        raise InputError(f"on: got {on!r}; allowed: {', '.join(KINDS)}.")
+    if method == "paper" and on == "attribution":
+        raise InputError(
+            "method='paper' with on='attribution': Algorithm 1 compares fidelities.",
+            hint="Leave on out, or use method='betting'.",
+        )
     if not 0.0 < tau <= 1.0:
         raise InputError(f"tau: got {tau!r}; it lies in (0, 1].")
     if not 0.0 < delta < 1.0:
         raise InputError(f"delta: got {delta!r}; it lies in (0, 1).")
-    if block < 1:
-        raise InputError(f"block: got {block!r}; at least 1.")
+    return on or ("fidelity" if method == "paper" else "attribution")

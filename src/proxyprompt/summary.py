@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from importlib import metadata
-from math import ceil, log
+from math import isinf, log
 from typing import Any, Literal
 
 import numpy as np
 
+from ._provider_caching import CachingRule, caching_rule
+from ._shrinking_summary import choice_sentences, line_text, near_copies, shrinking_dict, verdict_sentences
 from ._version import __version__
 from .artifact import KIND, SCHEMA, Artifact
+from .money import Call, bill_run, break_even_calls, stable_tokens
 from .optimize.certificate import Certificate
+from .optimize.classes import classify
+from .optimize.clean import Round
+from .optimize.relabel import Relabeling
 from .pipeline import Result
+from .prices import Unpriced
+from .savings import Savings, compare_bills
+from .screening import Evidence
 from .sequential import SequentialDecision
 from .task import TextTask
 
@@ -48,7 +59,7 @@ def build_artifact(
     """
     summary = build_summary(result, report_text=report_text, created=created)
     ids = [d.id for d in result.original.demonstrations]
-    kept = [i for i, keep in zip(ids, result.kept, strict=True) if keep]
+    kept = [ids[i] for i in result.certificate.order]
     c, path = result.certificate, result.compression
     return Artifact(
         {
@@ -70,21 +81,40 @@ def build_artifact(
                 "why": result.explanation.why,
                 **result.explanation.attribution.to_dict(),
             },
+            "calibration": _calibration(result),
             "screening": result.screening.to_dict() if result.screening else None,
             "cleaning": {
                 "level": result.cleaning.level,
                 "n_queries": result.cleaning.n_queries,
                 "flagged": [ids[i] for i in result.cleaning.flagged],
                 "confirmations": [{"id": ids[x.unit], **x.to_dict()} for x in result.cleaning.confirmations],
+                "rounds": [
+                    {
+                        "explained_without": [i for i, here in zip(ids, r.context, strict=True) if not here],
+                        "flagged": [ids[i] for i in r.flagged],
+                        "confirmed": [ids[i] for i in r.confirmed],
+                        "level": r.level,
+                    }
+                    for r in result.cleaning.rounds
+                ],
+                "stopped": result.cleaning.stopped,
             },
+            "relabeling": _relabeling(result.relabeling, ids),
             "compression": {
-                "tau": path.tau,
+                "tau": path.requirement.tau,
+                "margin": path.requirement.margin,
                 "n_queries": path.n_queries,
+                "calls": path.calls,
+                "calls_saved": path.calls_saved,
                 "full": path.full.to_dict(),
+                "zero_shot": path.zero_shot.to_dict(),
                 "reference": path.reference,
                 "points": [p.to_dict() for p in path.points],
                 "chosen": path.chosen.to_dict(),
                 "compression_ratio": path.compression_ratio,
+                "candidates": [p.to_dict() for p in path.candidates],
+                "cap": path.cap.to_dict() if path.cap else None,
+                **shrinking_dict(result.shrinking, ids),
             },
             "certificate": c.to_dict(),
             "splits": {n: {"n": len(q), "sha256": result.splits.digest(n)} for n, q in result.splits.items()},
@@ -94,6 +124,15 @@ def build_artifact(
             "summary": summary,
         }
     )
+
+
+def _calibration(result: Result) -> dict[str, Any] | None:
+    """How far proxies helped the target's own attributions; those without their help included."""
+    found = result.explanation.calibration
+    if found is None:
+        return None
+    data = found.to_dict()
+    return {key: data[key] for key in data if key != "attribution"}
 
 
 def build_summary(
@@ -122,7 +161,7 @@ def build_summary(
         "zero_shot": _zero_shot(result),
         "certificate": _certificate(certificate),
         "curve": _curve(result),
-        "cleaning": _cleaning(result),
+        "cleaning": _cleaning(result, report_text),
         "screening": _screening(result),
         "cost": cost,
         "limits": [*result.notes, *LIMITS],
@@ -153,6 +192,9 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
         headline = (
             f"{before} demonstrations can become {after}: {name} holds, certified at {level} confidence"
         )
+    elif c.decision == "certified" and c.tests:
+        status = "certified"
+        headline = f"All {before} demonstrations stay, in a new order, certified at {level} confidence"
     elif c.decision == "certified":
         status, headline = (
             "unchanged",
@@ -176,32 +218,25 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
     if status == "not_certified":
         tried = min((t.n_kept for t in c.tests if t.tested), default=before)
         sentences.append(
-            f"The first smaller prompt tried kept {tried} demonstrations; the sealed queries do not prove that it keeps"
-            f" {c.tau:.0%} of the full prompt's {name}. The original prompt is the answer."
+            f"The first smaller prompt tried kept {tried} demonstrations; the sealed queries do not prove that it holds"
+            f" what is required ({c.requirement.symbols}). The original prompt is the answer."
         )
+    sentences += verdict_sentences(result)
     if cost["saved_share"] and after < before:
         sentences.append(f"Each call costs {cost['saved_share']:.0%} fewer prompt tokens.")
+    if cost["money"] is not None:
+        sentences += cost["money"]["warnings"]
     return {"status": status, "headline": headline, "sentences": sentences}
 
 
 def _demonstrations(result: Result, report_text: ReportText) -> list[dict[str, Any]]:
     attribution = result.explanation.attribution
-    lower = attribution.lower_bound(0.95)
-    found = {x.unit: x for x in result.cleaning.confirmations}
-    flagged = set(result.cleaning.flagged)
+    classes = classify(attribution, result.cleaning, result.kept, near_copies=near_copies(result))
     source = "measured" if result.explanation.role == "target" else "estimated"
     rows = []
     for i, demo in enumerate(result.original.demonstrations):
-        kept = bool(result.kept[i])
-        confirmation = found.get(i)
-        verdict, reason = _judge(
-            kept=kept,
-            flagged=i in flagged,
-            confirmed=confirmation is not None and confirmation.confirmed,
-            useful=bool(lower[i] > 0),
-            removed_any=not result.kept.all(),
-        )
-        show = report_text == "all" or (report_text == "removed" and not kept)
+        found = classes[i]
+        show = report_text == "all" or (report_text == "removed" and not found.kept)
         rows.append(
             {
                 "id": demo.id,
@@ -211,53 +246,38 @@ def _demonstrations(result: Result, report_text: ReportText) -> list[dict[str, A
                 "attribution": float(attribution.mean[i]),
                 "standard_error": float(attribution.standard_error[i]),
                 "source": source,
-                "verdict": verdict,
-                "kept": kept,
-                "reason": reason,
-                "confirmation": confirmation.to_dict() if confirmation else None,
+                "verdict": found.name,
+                "kept": found.kept,
+                "reason": found.reason,
+                "confirmation": found.confirmation.to_dict() if found.confirmation else None,
                 "tokens": None,
             }
         )
     return rows
 
 
-def _judge(*, kept: bool, flagged: bool, confirmed: bool, useful: bool, removed_any: bool) -> tuple[str, str]:
-    """Class and reason of one demonstration, in plain words."""
-    if confirmed and not kept:
-        return "harmful", "Lowers the result on these queries; removing it helped the target."
-    if confirmed:
-        return "harmful", "Lowers the result on these queries, but no prompt without it could be certified."
-    if not kept and flagged:
-        return (
-            "redundant",
-            "Suspected of harm, which the target did not confirm. It does as well without it.",
-        )
-    if not kept:
-        return "redundant", "The target does as well without it, given the demonstrations that stay."
-    if useful:
-        return "useful", "Raises the result with confidence."
-    if flagged:
-        return "unclear", "Suspected of harm; the target did not confirm that."
-    if removed_any:
-        return "unclear", "No clear effect by itself; a smaller prompt without it was not certified."
-    return "unclear", "No clear effect."
-
-
 def _prompt(c: Certificate, *, full: bool, n: int) -> dict[str, Any]:
     measured = c.full if full or c.shipped is None else c.shipped
+    asked = (
+        c.shipped.n_asked
+        if c.shipped is not None and not full
+        else max([t.n_asked for t in c.tests], default=c.n)
+    )
     return {
         "n_demonstrations": n,
         "tokens": round(measured.tokens) if measured.tokens else None,
-        "performance": {"value": measured.performance, "low": measured.low, "high": measured.high, "n": c.n},
+        "performance": {
+            "value": measured.performance,
+            "low": measured.low,
+            "high": measured.high,
+            "n": asked,
+        },
     }
 
 
-def _zero_shot(result: Result) -> dict[str, Any] | None:
-    for point in result.compression.points:
-        if point.n_kept == 0:
-            n = result.compression.n_queries
-            return {"value": point.performance, "low": point.low, "high": point.high, "n": n}
-    return None
+def _zero_shot(result: Result) -> dict[str, Any]:
+    point = result.compression.zero_shot
+    return {"value": point.performance, "low": point.low, "high": point.high, "n": point.n_queries}
 
 
 def _certificate(c: Certificate) -> dict[str, Any] | None:
@@ -267,9 +287,9 @@ def _certificate(c: Certificate) -> dict[str, Any] | None:
     return {
         "decision": c.decision,
         "level": round(1 - c.level, 12),
-        "tau": c.tau,
-        "margin": None,
-        "n": c.n,
+        "tau": c.requirement.tau,
+        "margin": c.requirement.margin,
+        "n": shown.n_asked,
         "difference": shown.difference,
         "lower_bound": shown.lower_bound,
         "retained_lower_bound": shown.retained_lower_bound,
@@ -285,6 +305,8 @@ def _certificate(c: Certificate) -> dict[str, Any] | None:
                 "retained_lower_bound": t.retained_lower_bound,
                 "passed": t.passed,
                 "tested": t.tested,
+                "n": t.n_asked,
+                "new_order": t.order is not None,
             }
             for t in c.tests
         ],
@@ -307,45 +329,104 @@ def _curve(result: Result) -> dict[str, Any]:
             "high": p.high,
             "chosen": p.n_kept == n_shipped,
             "full": full,
+            "n": p.n_queries,
         }
 
     points = [point(p, full=False) for p in path.points if p.n_kept < n_units]
     return {
         "split": "select",
-        "tau_line": path.tau * path.reference,
-        "line_text": f"{path.tau:.2f} \u00d7 {'cleaned' if path.cleaned_is_better else 'full'} prompt",
+        "tau_line": path.line,
+        "line_text": line_text(path),
         "points": [*reversed(points), point(path.full, full=True)],
+        "choice": choice_sentences(result),
     }
 
 
-def _cleaning(result: Result) -> dict[str, Any] | None:
-    cleaning = result.cleaning
-    ids = [d.id for d in result.original.demonstrations]
-    flagged = [ids[i] for i in cleaning.flagged]
-    confirmed = [ids[i] for i in cleaning.removed]
+def _cleaning(result: Result, report_text: ReportText) -> dict[str, Any] | None:
     if not result.settings.clean:
         return None
+    cleaning = result.cleaning
+    ids = [d.id for d in result.original.demonstrations]
     intro = (
         "A demonstration is called harmful only if the target itself, on queries that the attribution did not use, does"
         " better without it."
     )
-    if not flagged:
-        intro = text = "No demonstration has an attribution clearly below zero; nothing was suspected."
-    else:
-        text = (
-            f"{len(flagged)} of {len(ids)} demonstrations were suspected for their negative attribution and put to the"
-            f" test: on {cleaning.n_queries} other queries the target confirmed {len(confirmed)} of them (chance of"
-            f" confirming any harmless one at most {cleaning.level:g})."
+    if not cleaning.rounds:
+        intro = "No demonstration has an attribution clearly below zero; nothing was suspected."
+    elif len(cleaning.rounds) > 1 or cleaning.removed:
+        intro += (
+            f" Over all rounds the chance of confirming any harmless one is at most {cleaning.level:g}. No further round:"
+            f" {cleaning.stopped}."
         )
-    rounds = [
-        {
-            "flagged": flagged,
-            "confirmed": confirmed,
-            "not_confirmed": [i for i in flagged if i not in set(confirmed)],
-            "text": text,
-        }
-    ]
-    return {"rounds": rounds if flagged else [], "text": intro}
+    if cleaning.spared:
+        intro += f" {len(cleaning.spared)} of the confirmed stay: with the others gone, the target did better with them."
+    return {
+        "rounds": [_round(r, k, ids, cleaning.n_queries) for k, r in enumerate(cleaning.rounds)],
+        "text": intro,
+        "relabels": _relabels(result, report_text),
+        "relabel_text": _relabel_text(result.relabeling),
+    }
+
+
+def _round(r: Round, place: int, ids: list[str], n_queries: int) -> dict[str, Any]:
+    flagged, confirmed = [ids[i] for i in r.flagged], [ids[i] for i in r.confirmed]
+    where = (
+        "" if place == 0 else " in the prompt without the strongest suspects so far, which was explained anew"
+    )
+    asked = (
+        f"on {n_queries} other queries the target confirmed {len(confirmed)} of them (level {r.level:.2g})"
+    )
+    return {
+        "flagged": flagged,
+        "confirmed": confirmed,
+        "not_confirmed": [i for i in flagged if i not in set(confirmed)],
+        "text": (
+            f"{len(flagged)} of {int(r.context.sum())} demonstrations were suspected for their negative attribution{where};"
+            f" {asked if r.confirmations else 'the target was not asked'}."
+        ),
+    }
+
+
+def _relabels(result: Result, report_text: ReportText) -> list[dict[str, Any]]:
+    rows = []
+    for p in result.relabeling.proposals if result.relabeling else ():
+        show = report_text == "all" or (report_text == "removed" and not result.kept[p.unit])
+        rows.append(
+            {
+                "id": result.original.demonstrations[p.unit].id,
+                "label": p.label if show else None,
+                "answer": p.answer if show else None,
+                "probability": p.probability,
+                "p_value": p.p_value,
+            }
+        )
+    return rows
+
+
+def _relabel_text(found: Relabeling | None) -> str | None:
+    if found is None:
+        return None
+    text = (
+        f"Asked for the input of each demonstration while that was out of the prompt, the target gave another label to"
+        f" {found.contradicted}. "
+    )
+    if not found.proposals:
+        return text + (
+            f"None of these stands out against its answers to {found.n_queries} labelled queries, {found.agreement:.0%} of"
+            " them right, so no label is questioned."
+        )
+    return text + (
+        f"{len(found.proposals)} it contradicts more strongly than right labels ({found.n_queries} labelled queries; at"
+        f" most {found.level:.0%} of such proposals are expected to be wrong). Look at them; nothing was changed."
+    )
+
+
+def _relabeling(found: Relabeling | None, ids: list[str]) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    body = found.to_dict()
+    body["proposals"] = [{"id": ids[p.unit], **p.to_dict()} for p in found.proposals]
+    return body
 
 
 _PATH_NAMES = {"betting": "log of the wealth (nats)", "paper": "mean difference"}
@@ -358,14 +439,19 @@ def _screening(result: Result) -> dict[str, Any] | None:
     proxies = []
     for p in s.proxies:
         used = p.rule.n_used
+        reasons, labels = (_means(p.evidence[kind], used) for kind in ("attribution", "fidelity"))
         path, upper, lower = _path(p.rule)
         proxies.append(
             {
                 "name": p.name,
                 "decision": p.decision if p.rule.n_used else "not_tested",
                 "n_used": used,
-                "mean_q_proxy": float(np.mean(p.q_proxy[:used])) if used else None,
-                "mean_q_oracle": float(np.mean(p.q_oracle[:used])) if used else None,
+                "mean_q_proxy": labels[0],
+                "mean_q_oracle": labels[1],
+                "decided_by": s.on,
+                "mean_agreement_proxy": reasons[0],
+                "mean_agreement_oracle": reasons[1],
+                "beside": p.beside.rule and f"{p.beside.rule.decision} after {p.beside.rule.n_used} pairs",
                 "agreement": p.agreement_rate if p.n_seen else 0.0,
                 "rank_correlation": p.rank_correlation,
                 "path": path or None,
@@ -381,6 +467,7 @@ def _screening(result: Result) -> dict[str, Any] | None:
         if s.method == "betting"
         else "sequential t interval as printed in the paper (Algorithm 1)"
     )
+    what = "attributions agree with" if s.on == "attribution" else "explanations predict"
     return {
         "rule": rule,
         "tau": s.tau,
@@ -389,8 +476,10 @@ def _screening(result: Result) -> dict[str, Any] | None:
         "units": s.design.n_units,
         "fit_coalitions": s.design.n_coalitions,
         "judge_coalitions": len(s.judge_coalitions),
+        "power": s.plan.text,
+        "target_pairs": s.target_pairs,
         "text": (
-            f"A proxy may explain if its explanations predict the target at least {s.tau:.0%} as well as the target's"
+            f"A proxy may explain if its {what} the target at least {s.tau:.0%} as well as the target's"
             f" own do; a proxy that does not is accepted with probability at most {s.delta:g}."
             if s.method == "betting"
             else f"A proxy may explain if its explanations predict the target at least {s.tau:.0%} as well as the target's"
@@ -398,6 +487,12 @@ def _screening(result: Result) -> dict[str, Any] | None:
         ),
         "proxies": proxies,
     }
+
+
+def _means(evidence: Evidence, used: int) -> tuple[float | None, float | None]:
+    """Mean of the proxy's and of the target's own scores over the pairs that were used."""
+    pairs = evidence.q_proxy[:used], evidence.q_oracle[:used]
+    return (float(np.mean(pairs[0])), float(np.mean(pairs[1]))) if pairs[0] else (None, None)
 
 
 def _path(rule: SequentialDecision) -> tuple[list[list[float]], float, float | None]:
@@ -424,16 +519,11 @@ def _cost(result: Result) -> dict[str, Any]:
     before, after = c.full.tokens, (c.shipped or c.full).tokens
     known = before > 0 and after > 0
     saved = before - after if known else None
-    price = result.settings.price_input_per_million
-    money = None
-    if price is not None and saved is not None:
-        money = {
-            "currency": "USD",
-            "price_input_per_million": price,
-            "source": result.settings.price_source,
-            "run_cost": target_tokens * price / 1e6,
-            "saved_per_thousand_calls": saved * price / 1e3,
-        }
+    savings = _savings(result, before, after) if known else None
+    pays = break_even_calls(Decimal(target_tokens), Decimal(str(saved or 0)))
+    if savings is not None:
+        pays = savings.assumed.break_even_calls
+    quote = result.pricing.target
     return {
         "stages": [
             {
@@ -451,10 +541,41 @@ def _cost(result: Result) -> dict[str, Any]:
         "proxy_tokens_total": proxy_tokens,
         "saved_tokens_per_call": round(saved) if saved is not None else None,
         "saved_share": saved / before if saved is not None else None,
-        "break_even_calls": ceil(target_tokens / saved) if saved and saved > 0 else None,
-        "money": money,
+        "break_even_calls": None if isinf(pays) else int(pays),
+        "money": savings.to_dict() if savings is not None else None,
+        "unpriced": f"{quote.reason}. {quote.hint}".strip() if isinstance(quote, Unpriced) else None,
         "crr": _crr(result),
     }
+
+
+def _savings(result: Result, before: float, after: float) -> Savings | None:
+    """The money side of the cut; ``None`` if the target has no price."""
+    price, settings = result.pricing.target, result.settings
+    if isinstance(price, Unpriced):
+        return None
+    queries = result.splits["sealed"]
+    calls = [
+        Call(n, stable_tokens([prompt.render(None, query) for query in queries], n), result.completion_tokens)
+        for prompt, n in ((result.original, before), (result.prompt, after))
+    ]
+    rule = caching_rule(price.provider, price.model)
+    if settings.cache_minimum_tokens is not None:
+        given = CachingRule(
+            "the provider",
+            settings.cache_minimum_tokens,
+            settings.cache_increment_tokens or 1,
+            source="given by the user",
+        )
+        rule = given if rule is None else replace(given, lifetime=rule.lifetime, request=rule.request)
+    return compare_bills(
+        calls[0],
+        calls[1],
+        price,
+        bill_run(result.spent, price, result.pricing.proxies),
+        rule=rule,
+        hit_rate=settings.cache_hit_rate,
+        calls_per_hour=settings.calls_per_hour,
+    )
 
 
 def _crr(result: Result) -> dict[str, Any] | None:
@@ -489,7 +610,7 @@ def _crr(result: Result) -> dict[str, Any] | None:
 
 def _versions() -> dict[str, str]:
     found = {"proxyprompt-core": __version__, "python": platform.python_version()}
-    for name in ("numpy", "scipy", "torch", "transformers", "openai"):
+    for name in ("numpy", "scipy", "torch", "transformers", "openai", "genai-prices"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -21,7 +21,12 @@ from proxyprompt.backends.base import (
     ScoreResult,
     Usage,
 )
-from proxyprompt.backends.replay import ReplayBackend, write_recordings
+from proxyprompt.backends.replay import (
+    ReplayBackend,
+    leave_one_out_recordings,
+    load_leave_one_out,
+    write_recordings,
+)
 from proxyprompt.errors import BackendError, DataError, InputError, RecordingMissingError
 
 from .contract import GeneratorContract, ScorerContract, in_order
@@ -248,3 +253,78 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
     with pytest.raises(DataError, match="not UTF-8 text or gzip"):
         ReplayBackend(tmp_path / "binary")
+
+
+CASE = {
+    "id": "c1",
+    "bench": "boolq",
+    "labels": ["yes", "no"],
+    "gold": "yes",
+    "roles": ["system", "context", "query"],
+    "models": {
+        "big": {
+            "orig": [-0.1, -2.5],
+            "loo": [[-0.2, -1.5], [None, -0.01], [-0.7, -0.7]],
+            "orig_retest": [-0.11, -2.4],
+        },
+        "small": {"orig": [-0.5, -1.0], "loo": [[-0.6, -0.9]]},
+    },
+}
+
+
+def scores_file(tmp_path: Path, *cases: dict[str, Any], name: str = "scores.jsonl.gz") -> Path:
+    path = tmp_path / name
+    text = "".join(json.dumps(case) + "\n" for case in cases).encode()
+    path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl.gz", "scores.jsonl"])
+def test_leave_one_out_scores_are_read(tmp_path: Path, name: str) -> None:
+    (case,) = load_leave_one_out(scores_file(tmp_path, CASE, name=name))
+    assert (case.labels, case.roles, case.gold) == (("yes", "no"), ("system", "context", "query"), "yes")
+    assert case.scores("big").tolist() == [-0.1, -2.5]
+    assert case.scores("big", 2).tolist() == [-0.7, -0.7]
+    assert math.isnan(case.scores("big", 1)[0])
+    assert case.models["big"].retest is not None
+    assert case.models["small"].retest is None
+
+
+def test_a_missing_leave_one_out_score_is_named(tmp_path: Path) -> None:
+    (case,) = load_leave_one_out(scores_file(tmp_path, CASE))
+    with pytest.raises(RecordingMissingError, match="'small' for case 'c1' without segment 1 of 3"):
+        case.scores("small", 1)
+    with pytest.raises(RecordingMissingError, match="'other' for case 'c1'") as raised:
+        case.scores("other")
+    assert "big, small" in (raised.value.hint or "")
+
+
+def test_leave_one_out_scores_become_recordings(tmp_path: Path) -> None:
+    (case,) = load_leave_one_out(scores_file(tmp_path, CASE))
+    texts = ("Answer. ", "It rains. ", "Wet?")
+    path = tmp_path / "recordings.jsonl"
+    pairs = [p for m in ("big", "small") for p in leave_one_out_recordings(case, texts, m, floor=-9.0)]
+    assert write_recordings(path, pairs) == 6
+    backend = ReplayBackend(path, model="big")
+    (result,) = in_order(backend.score([ScoreRequest("Answer. Wet?", ("no", "yes"))]), 1)
+    assert result.logprobs == (-0.01, -9.0)
+    assert result.censored == (False, True)
+    with pytest.raises(RecordingMissingError, match="model 'small'"):
+        list(ReplayBackend(path, model="small").score([ScoreRequest("Answer. Wet?", ("yes", "no"))]))
+
+
+def test_wrong_leave_one_out_files_are_refused(tmp_path: Path) -> None:
+    long = CASE | {"models": {"big": CASE["models"]["big"] | {"loo": [[-1.0, -1.0]] * 4}}}  # type: ignore[index]
+    wide = CASE | {"models": {"big": {"orig": [-1.0], "loo": []}}}
+    for bad, what in ((long, "4 ablations for 3"), (wide, "line 2"), ({"id": "x"}, "line 2")):
+        with pytest.raises(DataError, match=what):
+            load_leave_one_out(scores_file(tmp_path, CASE, bad))
+    with pytest.raises(InputError, match="holds boolq"):
+        load_leave_one_out(scores_file(tmp_path, CASE), bench="anli")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_leave_one_out(tmp_path / "none.jsonl")
+    (case,) = load_leave_one_out(scores_file(tmp_path, CASE))
+    with pytest.raises(InputError, match="1 for case 'c1', which has 3"):
+        list(leave_one_out_recordings(case, ("one",), "big", floor=-9.0))
+    with pytest.raises(InputError, match="at most 0"):
+        list(leave_one_out_recordings(case, ("a", "b", "c"), "big", floor=1.0))

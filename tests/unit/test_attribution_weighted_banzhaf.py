@@ -56,7 +56,10 @@ def test_the_estimate_stays_consistent_up_to_all_coalitions(budget: int) -> None
     ]
     off, error = np.mean(found, axis=0) - exact, np.std(found, axis=0) / np.sqrt(60)
     assert (np.abs(off) < 4.5 * error + 0.02 * np.abs(exact).max()).all()
-    assert np.sqrt(np.mean((np.array(found) - exact) ** 2)) < 8 / np.sqrt(budget) * np.sqrt(1 - budget / 1025) + 0.02
+    assert (
+        np.sqrt(np.mean((np.array(found) - exact) ** 2))
+        < 8 / np.sqrt(budget) * np.sqrt(1 - budget / 1025) + 0.02
+    )
 
 
 def test_sampled_is_close_on_average_and_its_error_covers() -> None:

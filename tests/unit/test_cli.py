@@ -37,7 +37,7 @@ model = "replay:answers.jsonl"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prompt of four demonstrations, and a target's answers to all its coalitions."""
+    """A prompt of four demonstrations, and a target's answers to all its coalitions, on its own inputs too."""
     path = tmp_path_factory.mktemp("cli")
     demos = [Demonstration(f"d{i}", {"input": f"demo {i}"}, LABELS[i % 2]) for i in range(N)]
     queries = [Query(f"q{i}", {"input": f"query {i}"}, LABELS[i % 2]) for i in range(75)]
@@ -48,11 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.toml").write_text(CONFIG)
     prompt = FewShotPrompt(tuple(demos), "", "I: {input}\nO: {output}")
     rng = np.random.default_rng(0)
-    ease = rng.normal(1.5, 1.0, len(queries))
+    ease = np.r_[rng.normal(1.5, 1.0, len(queries)), np.full(N, 1.5)]
+    own = [Query(d.id, d.inputs, d.output) for d in demos]
     pairs = []
     for mask in range(2**N):
         row = [bool(mask >> i & 1) for i in range(N)]
-        for query, easy in zip(queries, ease, strict=True):
+        for query, easy in zip([*queries, *own], ease, strict=True):
             margin = easy + 0.8 * row[0] + 0.1 * row[1]
             x = np.array([margin, 0.0]) if query.reference == "a" else np.array([0.0, margin])
             x = x - np.log(np.exp(x).sum())
@@ -87,6 +88,7 @@ def test_check_loads_and_writes_nothing(folder: Path) -> None:
     done = call("run", str(folder / "config.toml"), "--check", "--out", str(folder / "never"))
     assert done.exit_code == 0
     assert "15 explain, 20 select, 40 sealed" in done.stderr
+    assert "With 40 sealed queries the smallest certifiable loss is about" in done.stderr
     assert not (folder / "never").exists()
 
 

@@ -156,3 +156,14 @@ def test_queries_that_repeat_a_demonstration_are_noted(folder: Path) -> None:
     more = [{"id": f"r{i}", "input": f"r {i}", "label": "a"} for i in range(9)]
     (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, rows + more)))
     assert "3 queries have the text of a demonstration" in load(folder).notes[0]
+
+
+def test_what_the_screen_decides_on_is_a_setting(folder: Path) -> None:
+    assert load(folder).settings.screening_on is None
+    assert load(folder, GOOD + '[screening]\non = "fidelity"\n').settings.screening_on == "fidelity"
+    for section, message in (
+        ('on = "labels"', "allowed: attribution"),
+        ('method = "paper"\non = "attribution"', "fidelities"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(folder, f"{GOOD}[screening]\n{section}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from proxyprompt.backends.base import ScoreRequest
 from proxyprompt.backends.scripted import ScriptedBackend
 from proxyprompt.data import Splits
 from proxyprompt.errors import BackendError, BudgetExceededError, DataError
-from proxyprompt.pipeline import Result, optimize_prompt
+from proxyprompt.pipeline import Result, _price_of, optimize_prompt
+from proxyprompt.prices import FREE, Price, Rates, Unpriced
 from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
 from proxyprompt.report import render_html, render_markdown
 from proxyprompt.settings import Settings
@@ -73,7 +75,7 @@ class Model:
             if f"demo {i};" in head:
                 margin += self.sign * self.effect * (-0.9 if i in HARMFUL else 0.5 if i in USEFUL else 0.02)
         noise = draws(query, 1.0) + draws(f"{self.backend.name}{query}", 0.2)
-        truth = int(query.split()[2].split("\n")[0]) % 3
+        truth = int(query.split()[2].split("\n")[0].rstrip(";")) % 3
         x = noise + margin * (np.arange(3) == truth)
         return [float(v) for v in x - math.log(np.exp(x).sum())]
 
@@ -207,7 +209,8 @@ def test_budgets_stop_before_sending(tmp_path: Path) -> None:
 
 
 def test_a_target_that_ignores_demonstrations_ends_with_none(tmp_path: Path) -> None:
-    result = run(tmp_path, Model("target", effect=0.0), Model("proxy", effect=0.0))
+    models = Model("target", effect=0.0), Model("proxy", effect=0.0)
+    result = run(tmp_path, *models, settings=Settings(keep_labels=False))
     assert result.prompt.n_units == 0
     assert result.certificate.decision == "certified"
     assert result.cleaning.flagged == ()
@@ -274,3 +277,33 @@ def test_all_identical_demonstrations(tmp_path: Path) -> None:
     )
     assert result.prompt.n_units <= 2
     assert result.certificate.decision == "certified"
+
+
+def test_the_cheapest_proxy_comes_first_and_the_unpriced_last() -> None:
+    quotes = [Unpriced("not in the list"), Price(Rates(Decimal(2)), source="list"), FREE]
+    assert sorted(quotes, key=_price_of) == quotes[::-1]
+
+
+def test_the_screen_says_what_it_can_find_and_reports_both_kinds_of_evidence(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Watch:
+        def stage(self, name: str, text: str) -> None: ...
+        def progress(self, done: int, total: int) -> None: ...
+        def tokens(self, n: int) -> None: ...
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    result = optimize_prompt(
+        prompt(), LabelTask(LABELS), splits(), target=Model("target").backend, proxies=[Model("proxy").backend],
+        ledger=tmp_path / "ledger.db", observer=Watch(),
+    )  # fmt: skip
+    assert result.screening is not None
+    assert said.index(result.screening.plan.text) < next(i for i, text in enumerate(said) if "proxy:" in text)
+    page = render_markdown(build_artifact(result).summary)
+    assert result.screening.plan.text[:40] in page
+    for fact in (
+        "Agreement of attributions, target with itself",
+        "Fidelity to the target, explained by itself",
+    ):
+        assert fact in page

@@ -473,7 +473,7 @@ def test_removed_come_first_by_verdict_and_worst_first() -> None:
         "Kept 15",
         "Useful 10",
         "Unclear 4",
-        "Suspected harmful",
+        "Harmful on these queries, kept all the same",
     ]
     places = [text.index(title) for title in titles]
     assert places == sorted(places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,8 @@ from proxyprompt.attribution import KernelSHAP
 from proxyprompt.coalitions import uniform_coalitions
 from proxyprompt.errors import InputError
 from proxyprompt.prompt import Query
-from proxyprompt.screening import screen
+from proxyprompt.screening import plan_screen, screen
+from proxyprompt.sequential import earliest_acceptance
 from proxyprompt.value_function import Values
 
 N = 6
@@ -29,9 +31,10 @@ class Planted:
         seed: int,
         noise: float = 0.3,
         disagree: frozenset[str] = frozenset(),
+        level: float = 0.0,
     ) -> None:
         self.weights = np.array(weights)
-        self.seed, self.noise, self.disagree = seed, noise, disagree
+        self.seed, self.noise, self.disagree, self.level = seed, noise, disagree, level
         self.asked: list[tuple[str, bytes]] = []
 
     def __call__(self, queries: Sequence[Query], rows: NDArray[np.bool_]) -> Values:
@@ -39,7 +42,7 @@ class Planted:
         for j, query in enumerate(queries):
             rng = np.random.default_rng([self.seed, int(query.inputs["input"])])
             w = self.weights + self.noise * rng.normal(size=N)
-            margin[:, j] = (rows - 0.5) @ w
+            margin[:, j] = (rows - 0.5) @ w + self.level
             margin[rows.all(axis=1), j] = -5.0 if query.id in self.disagree else 5.0
             self.asked += [(query.id, row.tobytes()) for row in rows]
         p = 1 / (1 + np.exp(-margin))
@@ -99,10 +102,14 @@ def test_no_target_call_is_made_twice_for_several_proxies() -> None:
 def test_queries_on_which_the_models_disagree_are_rejected_and_not_bought() -> None:
     disagree = frozenset(f"q{i}" for i in range(0, 60, 2))
     target = Planted(GOOD, seed=1)
-    result = go(target, {"p": Planted(GOOD, seed=2, disagree=disagree)})
+    asked = Planted(GOOD, seed=2, disagree=disagree)
+    result = go(target, {"p": asked})
     (proxy,) = result.proxies
     assert not set(proxy.query_ids) & disagree
     assert not set(result.queries_bought) & disagree
+    full = np.ones(N, dtype=bool).tobytes()
+    for model in (target, asked):
+        assert not {name for name, row in model.asked if row != full} & disagree
     assert 0.3 < proxy.agreement_rate < 0.7
 
 
@@ -143,6 +150,7 @@ def test_delta_is_shared_among_candidates() -> None:
         ({"tau": 0.0}, "tau"),
         ({"delta": 1.0}, "delta"),
         ({"block": 0}, "block"),
+        ({"on": "labels"}, "on: got"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
@@ -152,6 +160,83 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
     with pytest.raises(InputError, match=message):
         go(target, {"p": Planted(GOOD, seed=2)}, **options)
     assert target.asked == []
+
+
+def test_both_kinds_of_evidence_are_there_whichever_decides() -> None:
+    target, proxies = Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}
+    by_reasons, by_labels = go(target, proxies), go(target, proxies, on="fidelity")
+    assert (by_reasons.on, by_labels.on) == ("attribution", "fidelity")
+    (reasons,), (labels,) = by_reasons.proxies, by_labels.proxies
+    assert reasons.evidence.keys() == labels.evidence.keys() == {"attribution", "fidelity"}
+    assert reasons.decided_by.on == labels.beside.on == "attribution"
+    assert reasons.decided_by.chance > 0.0 == labels.decided_by.chance
+    n = min(len(reasons.query_ids), len(labels.query_ids))
+    assert reasons.beside.q_proxy[:n] == labels.q_proxy[:n]
+    assert reasons.beside.rule is not None
+    assert reasons.rule.settings["chance"] == by_reasons.plan.chance
+    assert json.dumps(by_reasons.to_dict(), allow_nan=False)
+
+
+def test_same_labels_for_other_reasons_are_rejected() -> None:
+    """Two models that answer "a" whatever is left out, and are moved a little by different units."""
+    target = Planted([0.2 * w for w in GOOD], seed=1, noise=0.02, level=5.0)
+    proxy = Planted([0.2 * w for w in reversed(GOOD)], seed=2, noise=0.02, level=5.0)
+    (by_labels,) = go(target, {"p": proxy}, on="fidelity").proxies
+    (by_reasons,) = go(target, {"p": proxy}).proxies
+    assert by_labels.decision == "accepted"
+    assert by_reasons.decision == "rejected"
+    assert np.mean(by_reasons.beside.q_proxy) == np.mean(by_reasons.beside.q_oracle) == 1.0
+
+
+def test_the_ensemble_is_one_more_candidate_and_asks_nothing_new() -> None:
+    target = Planted(GOOD, seed=1)
+    proxies = {name: Planted(GOOD, seed=k, noise=2.0) for k, name in enumerate("abc", start=2)}
+    alone = go(target, proxies, max_pairs=30)
+    asked = {k: len(p.asked) for k, p in proxies.items()}
+    result = go(target, proxies, ensemble=True, max_pairs=30)
+    both = result["a + b + c"]
+    assert [p.name for p in result.proxies] == ["a", "b", "c", "a + b + c"]
+    assert both.members == ("a", "b", "c")
+    assert result.plan.level == pytest.approx(0.05 / 4)
+    assert alone.plan.level == pytest.approx(0.05 / 3)
+    scores = {p.name: np.mean(p.evidence["attribution"].q_proxy) for p in result.proxies}
+    assert scores["a + b + c"] > max(v for k, v in scores.items() if k != "a + b + c") + 0.05
+    for k, p in proxies.items():
+        new = p.asked[asked[k] :]
+        full = np.ones(N, dtype=bool).tobytes()
+        rest = [a for a in new if a[1] != full]
+        assert len(rest) == len(set(rest))
+    with pytest.raises(InputError, match="ensemble=True with 1 proxy"):
+        go(target, {"a": proxies["a"]}, ensemble=True)
+
+
+def test_the_bill_counts_what_the_target_was_asked() -> None:
+    target, proxy = (
+        Planted(GOOD, seed=1),
+        Planted(GOOD, seed=2, disagree=frozenset(f"q{i}" for i in range(30))),
+    )
+    result = go(target, {"p": proxy})
+    assert result.proxies[0].n_agree < result.proxies[0].n_seen
+    # The full prompt is in the design too; the ledger answers it the second time.
+    assert result.target_pairs == len(set(target.asked))
+
+
+def test_the_paper_compares_fidelities_only() -> None:
+    with pytest.raises(InputError, match="compares fidelities"):
+        go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}, method="paper", on="attribution")
+    result = go(Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}, method="paper")
+    assert result.on == "fidelity"
+    assert result.plan.earliest == 2
+
+
+def test_the_plan_says_what_can_be_found_before_anything_is_asked() -> None:
+    plan = plan_screen(40, 2)
+    assert plan.level == 0.025
+    assert plan.max_pairs == 40
+    assert plan.earliest == earliest_acceptance(tau=0.8, delta=0.025, max_pairs=40, chance=plan.chance)
+    assert f"after {plan.earliest}" in plan.text
+    assert plan_screen(40, 2, on="fidelity").earliest <= plan.earliest
+    assert plan_screen(400).detectable < plan_screen(40).detectable
 
 
 def test_no_proxy_is_an_error() -> None:

@@ -1,6 +1,8 @@
 """Sequential rules, non-inferiority, fixed sequence and Holm on cases worked by hand."""
 
+import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -21,42 +23,38 @@ from proxyprompt.sequential import (
 )
 
 
-def study_listing(d, tau, delta, N, c=0.9, s0=0.05):
-    """The listing of the screening study, section 3, as it stands there."""
-    log, log1p = math.log, math.log1p
-    m = tau / (1 + tau)
-    logE = logF = 0.0
-    S, V, n, var = 0.5, s0, 0, s0
-    for di in d:
-        y = (di + tau) / (1 + tau)
-        lam = (2 * log(1 / delta) / (N * var)) ** 0.5
-        logE += log1p(min(lam, c / m) * (y - m))
-        logF += log1p(-min(lam, c / (1 - m)) * (y - m))
-        n += 1
-        S += y
-        V += (y - S / (n + 1)) ** 2
-        var = V / (n + 1)
-        if logE >= log(1 / delta):
-            return "accepted", n
-        if logF >= log(1 / delta):
-            return "rejected", n
-        if logE + (N - n) * log1p(c / m * (1 - m)) < log(1 / delta):
-            return "undecided", n
-        if n >= N:
-            break
-    return "undecided", n
-
-
-@pytest.mark.parametrize("mean", [-0.3, -0.05, 0.0, 0.04, 0.08])
-@pytest.mark.parametrize(("tau", "delta", "n"), [(0.9, 0.05, 100), (0.8, 0.05, 50), (0.8, 0.0125, 200)])
-def test_betting_rule_is_the_listing(mean, tau, delta, n):
-    rng = np.random.default_rng(7)
-    for _ in range(20):
-        d = np.clip(mean + 0.15 * rng.normal(size=n), -tau, 1 - tau)
+@pytest.mark.parametrize(("tau", "delta", "n"), [(0.9, 0.4, 10), (0.8, 0.3, 9), (0.5, 0.1, 8)])
+def test_wealth_is_a_fair_game_when_the_mean_difference_is_zero(tau, delta, n):
+    """Every path of a two-point law with mean 0: expected wealth 1, acceptance within delta. Both by counting."""
+    expected, accepted, rejected = [0.0, 0.0], 0.0, 0.0
+    for wins in itertools.product([True, False], repeat=n):
+        d = np.where(wins, 1 - tau, -tau)
+        chance = float(np.prod(np.where(wins, tau, 1 - tau)))
         result = betting_rule(d, tau=tau, delta=delta, max_pairs=n)
-        assert (result.decision, result.n_used) == study_listing(d, tau, delta, n)
-        assert len(result.path) == result.n_used
-        assert result.accepted == (result.decision == "accepted")
+        expected[0] += chance * math.exp(result.path[-1][1])
+        expected[1] += chance * math.exp(result.path[-1][2])
+        accepted += chance * (result.decision == "accepted")
+        rejected += chance * (result.decision == "rejected")
+    assert expected == pytest.approx([1.0, 1.0], abs=1e-9)
+    assert accepted <= delta
+    assert rejected <= delta
+    assert accepted > 0.5 * delta
+
+
+def test_bets_follow_the_printed_formula():
+    d, tau, n = np.array([0.1, -0.3, 0.2, 0.0]), 0.8, 40
+    y, m, aim = (d + tau) / 1.8, tau / 1.8, 1.25 * 20
+    wealth, previous = 1.0, []
+    for i, value in enumerate(y):
+        center = (sum(previous) + 5 * m) / (i + 5)
+        var = (sum((p - center) ** 2 for p in previous) + 5 * 0.03) / (i + 5)
+        p = wealth / aim
+        z = NormalDist().inv_cdf(p)
+        bet = min(NormalDist().pdf(z) / (p * math.sqrt((n - i) * var)), 0.99 / m)
+        wealth *= 1 + bet * (value - m)
+        previous.append(value)
+    result = betting_rule(d, tau=tau, delta=0.05, max_pairs=n)
+    assert math.exp(result.path[-1][1]) == pytest.approx(wealth, rel=1e-9)
 
 
 def test_betting_rule_reasons():
@@ -100,9 +98,13 @@ def test_smallest_possible_acceptance_is_the_study_s():
         smallest_possible_acceptance(0.8, 1.5, 0.05)
 
 
-def test_earliest_acceptance_is_the_study_s():
-    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=100) == 33
-    assert earliest_acceptance(tau=0.9, delta=0.01, max_pairs=100) == 49
+def test_earliest_acceptance():
+    """29, 44 and 14 pairs are the fewest after which any valid rule may accept."""
+    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=100) == 37
+    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=50) == 30
+    assert earliest_acceptance(tau=0.9, delta=0.01, max_pairs=100) == 47
+    assert earliest_acceptance(tau=0.8, delta=0.05, max_pairs=32) == 15
+    assert earliest_acceptance(tau=0.8, delta=0.05, max_pairs=14) == 14
     assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=28) is None
     with pytest.raises(InputError, match=r"q_oracle=0: a fidelity in \(0, 1\]"):
         earliest_acceptance(tau=0.9, delta=0.05, max_pairs=100, q_oracle=0)

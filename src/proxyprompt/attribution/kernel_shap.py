@@ -118,7 +118,7 @@ class KernelSHAP(Explainer):
         for _ in range(_REDRAWS):
             coalitions, weights = shapley_kernel_coalitions(n_units, budget, rng=rng)
             exact = len(coalitions) == 2**n_units
-            if exact or _Regression.make(coalitions, weights).has_spare:
+            if exact or Regression.make(coalitions, weights).has_spare:
                 return Design(coalitions, weights, exact)
         raise InputError(
             f"budget={budget}: {_REDRAWS} draws did not determine {n_units} units with one pair to spare.",
@@ -147,7 +147,7 @@ class KernelSHAP(Explainer):
             When too many queries have missing values.
         """
         kept, _, dropped = self._complete_enough(design, values)
-        regression = _Regression.make(design.coalitions, design.weights)
+        regression = Regression.make(design.coalitions, design.weights)
         if not regression.determined or not (design.exact or regression.has_spare):
             raise InputError(
                 f"The {design.n_coalitions} coalitions of the design do not determine {design.n_units} "
@@ -184,7 +184,7 @@ class KernelSHAP(Explainer):
 
 
 @dataclass(frozen=True, eq=False)
-class _Regression:
+class Regression:
     """The factored weighted regression of one design, efficiency constraint eliminated."""
 
     basis: FloatArray  # (n_units, n_units - 1): the C of the Notes
@@ -196,7 +196,7 @@ class _Regression:
     determined: bool
 
     @classmethod
-    def make(cls, coalitions: BoolArray, weights: FloatArray) -> _Regression:
+    def make(cls, coalitions: BoolArray, weights: FloatArray) -> Regression:
         n_units = coalitions.shape[1]
         # Helmert contrasts: orthonormal, sum to zero, and the same for every design.
         basis = np.triu(np.ones((n_units, n_units - 1))) - np.diag(np.arange(1.0, n_units), -1)[:, :-1]
@@ -206,7 +206,7 @@ class _Regression:
         u, s, vt = np.linalg.svd(root[:, None] * x, full_matrices=False)
         determined = n_units == 1 or (len(s) == n_units - 1 and bool(s[-1] > 1e-9 * s[0]))
         inverse = (vt.T / np.where(s > 0, s, 1.0)) @ u.T if determined else np.zeros(x.T.shape)
-        return cls(basis, x, root, inverse, (u**2).sum(axis=1), _complement_clusters(coalitions), determined)
+        return cls(basis, x, root, inverse, (u**2).sum(axis=1), complement_clusters(coalitions), determined)
 
     @property
     def cluster_hat(self) -> FloatArray:
@@ -220,13 +220,13 @@ class _Regression:
         return self.determined and bool((self.cluster_hat < 1 - _SPARE).all())
 
 
-def _solve(regression: _Regression, design: Design, target: FloatArray) -> FloatArray:
+def _solve(regression: Regression, design: Design, target: FloatArray) -> FloatArray:
     """Return beta, shape (n_units - 1, n_queries); missing rows are left out query by query."""
     missing = np.isnan(target)
     beta = regression.inverse @ (regression.root[:, None] * np.where(missing, 0.0, target))
     for query in np.flatnonzero(missing.any(axis=0)):
         seen = ~missing[:, query]
-        own = _Regression.make(design.coalitions[seen], design.weights[seen])
+        own = Regression.make(design.coalitions[seen], design.weights[seen])
         if not own.determined:
             raise InputError(
                 f"Query {query} of those kept lacks {int((~seen).sum())} coalitions, and the others do not "
@@ -237,7 +237,7 @@ def _solve(regression: _Regression, design: Design, target: FloatArray) -> Float
     return beta
 
 
-def _sampling_error(regression: _Regression, design: Design, gaps: FloatArray) -> tuple[FloatArray, float]:
+def _sampling_error(regression: Regression, design: Design, gaps: FloatArray) -> tuple[FloatArray, float]:
     """Return se_coalitions and its degrees of freedom; formula in the Notes of KernelSHAP."""
     used = design.weights > 0
     sizes = design.coalitions.sum(axis=1)
@@ -266,7 +266,7 @@ def _sampling_error(regression: _Regression, design: Design, gaps: FloatArray) -
     return se, float(max(len(np.unique(ids[used])) - (n - 1), 1))
 
 
-def _complement_clusters(coalitions: BoolArray) -> NDArray[np.int64]:
+def complement_clusters(coalitions: BoolArray) -> NDArray[np.int64]:
     """Number the rows so that a coalition and its complement share a number."""
     numbers: dict[bytes, int] = {}
     flipped = np.where(coalitions[:, :1], coalitions, ~coalitions)

@@ -12,6 +12,9 @@ and a generation line::
 
 ``censored``, ``usage``, ``model`` and ``stop`` may be left out. In place of a log-probability, ``null`` is a
 missing one and ``"-inf"`` that of the impossible.
+
+Files of leave-one-out scores, in which several models were asked the same prompts with each segment left out, are read by
+:func:`load_leave_one_out`, and become such recordings with :func:`leave_one_out_recordings`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,12 @@ from typing import Any, TypeVar, cast
 
 from proxyprompt.errors import DataError, InputError, RecordingMissingError
 
+from ._leave_one_out import (
+    LeaveOneOutCase,
+    LeaveOneOutScores,
+    leave_one_out_recordings,
+    load_leave_one_out,
+)
 from ._recordings import Scored, as_line, parse_line
 from .base import (
     GenerateRequest,
@@ -38,7 +47,14 @@ from .base import (
     ScoreResult,
 )
 
-__all__ = ["ReplayBackend", "write_recordings"]
+__all__ = [
+    "LeaveOneOutCase",
+    "LeaveOneOutScores",
+    "ReplayBackend",
+    "leave_one_out_recordings",
+    "load_leave_one_out",
+    "write_recordings",
+]
 
 _BLOCK = 64
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)

@@ -2,84 +2,46 @@
 
 Candidates are nested and come in a fixed order, mildest first, so each is tested at the full level and the
 first failure ends the sequence (Maurer, Hothorn and Lehmacher 1995); a candidate is asked of the target only
-when those before it have passed. What is not certified is not shipped: the answer is the last candidate that
-passed, or the original prompt.
+when those before it have passed. A last step may put the same demonstrations into another order. What is not certified
+is not shipped: the answer is the last candidate that passed, or the original prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import pairwise
-from typing import Any, TypeAlias
+from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proxyprompt.errors import InputError
-from proxyprompt.sequential import NonInferiority, non_inferiority, smallest_certifiable_loss
-from proxyprompt.value_function import Values
 
-from .compress import interval
+from ._sealed import Answers, AskSealed, CandidateTest, Measured, decide, measured_on, untested
+from .compress import EvaluateTarget
+from .order import EvaluateOrder
+from .power import power_statement
+from .requirement import Requirement
 
-__all__ = ["CandidateTest", "Certificate", "Measured", "certify", "power_statement"]
-
-EvaluateTarget: TypeAlias = Callable[[NDArray[np.bool_]], Values]
-"""Ask the target model for coalitions of the whole prompt, on the sealed split."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Performance of one prompt on the sealed split, with its 95 % interval; ``tokens`` is the mean prompt length."""
-
-    performance: float
-    low: float
-    high: float
-    tokens: float
+__all__ = ["CandidateTest", "Certificate", "Measured", "Reordered", "certify", "power_statement"]
 
 
 @dataclass(frozen=True)
-class CandidateTest:
-    """One candidate of the sequence.
+class Reordered:
+    """The demonstrations of the last candidate in another order.
 
     Attributes
     ----------
-    kept : bool (n_units,)
-    tested : bool
-        False for candidates after the first failure; their numbers are NaN-free zeros and mean nothing.
-    passed : bool
-    difference : float
-        Mean of ``candidate - tau * full``; above 0 is good enough on these queries.
-    lower_bound : float
-        One-sided lower confidence bound of that quantity.
-    retained, retained_lower_bound : float or None
-        Candidate's performance as a share of the bar's, measured and as a one-sided lower bound.
-    bar : {"full", "cleaned"}
-        What the numbers compare with: where the candidate must hold against both the full and the cleaned prompt,
-        the comparison that was harder to pass.
-    evidence_name, evidence : str, float
-        ``"p-value"`` of the exact test, or ``"e-value"`` of the bets.
-    n_discordant : int
-        Queries on which the two prompts score differently.
+    order : tuple of int
+        Units as they stand in the prompt.
+    evaluate : callable
+        Target values of prompts in a given order, on the sealed split.
     """
 
-    kept: NDArray[np.bool_]
-    n_kept: int
-    tested: bool
-    passed: bool
-    performance: float
-    low: float
-    high: float
-    tokens: float
-    difference: float
-    lower_bound: float
-    evidence_name: str
-    evidence: float
-    n_discordant: int
-    retained: float | None = None
-    retained_lower_bound: float | None = None
-    bar: str = "full"
+    order: tuple[int, ...]
+    evaluate: EvaluateOrder
 
 
 @dataclass(frozen=True)
@@ -92,8 +54,9 @@ class Certificate:
     kept : bool (n_units,)
         The shipped prompt: the last candidate that passed, or everything.
     level : float
-        Largest chance of certifying a prompt that loses more than ``tau`` allows.
-    tau : float
+        Largest chance of certifying a prompt that loses more than the requirement allows.
+    requirement : Requirement
+    method : {"exact", "betting"}
     n : int
         Sealed queries.
     full : Measured
@@ -105,18 +68,22 @@ class Certificate:
         SHA-256 of the sealed queries.
     cleaned_bar : bool
         Whether candidates after the first also had to hold against the first, the cleaned prompt.
+    earlier_looks : int
+        Earlier runs, with other settings, that tested a prompt on some of these sealed queries.
     """
 
     decision: str
     kept: NDArray[np.bool_]
     level: float
-    tau: float
+    requirement: Requirement
+    method: str
     n: int
     full: Measured
     tests: tuple[CandidateTest, ...]
     power_statement: str
     sealed_digest: str
     cleaned_bar: bool = False
+    earlier_looks: int = 0
 
     @property
     def shipped(self) -> CandidateTest | None:
@@ -125,20 +92,38 @@ class Certificate:
         return passed[-1] if passed else None
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """Units of the shipped prompt, in the order in which they stand in it."""
+        shipped = self.shipped
+        if shipped is not None and shipped.order is not None:
+            return shipped.order
+        return tuple(int(i) for i in np.flatnonzero(self.kept))
+
+    @property
     def text(self) -> str:
-        """The claim in one sentence."""
+        """The claim in one sentence, and what weakens it in another."""
         shipped = self.shipped
         if not self.tests:
             return "No smaller prompt was proposed, so there was nothing to certify."
+        claim = self.requirement.claim("the full prompt's")
+        confidence = f"{1 - self.level:.0%} confidence"
         if shipped is None:
-            return (
-                f"On {self.n} sealed queries no candidate could be shown, at {1 - self.level:.0%} confidence, to keep"
-                f" {self.tau:.0%} of the full prompt's performance."
+            text = f"On {self.n} sealed queries it could be shown of no candidate, at {confidence}, that it {claim}."
+        else:
+            also = " and of the cleaned prompt's" if self.cleaned_bar and shipped is not self.tests[0] else ""
+            placed = ", in their new order," if shipped.order is not None else ""
+            claim = self.requirement.claim(f"the full prompt's{also}")
+            asked = f"{self.n}" if shipped.n_asked == self.n else f"{shipped.n_asked} of {self.n}"
+            text = (
+                f"On {asked} queries that no earlier step had seen, at {confidence}, the prompt with"
+                f" {shipped.n_kept} demonstrations{placed} {claim}."
             )
-        also = " and of the cleaned prompt's" if self.cleaned_bar and shipped is not self.tests[0] else ""
-        return (
-            f"On {self.n} queries that no earlier step had seen, at {1 - self.level:.0%} confidence, the prompt with"
-            f" {shipped.n_kept} demonstrations keeps at least {self.tau:.0%} of the full prompt's{also} performance."
+        if not self.earlier_looks:
+            return text
+        runs = "an earlier run" if self.earlier_looks == 1 else f"{self.earlier_looks} earlier runs"
+        return text + (
+            f" But {runs} with other settings had looked at these sealed queries; counting every look, the error level is"
+            f" up to {min(1.0, (self.earlier_looks + 1) * self.level):.2g} and not {self.level:.2g}."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,14 +131,25 @@ class Certificate:
         return {
             "decision": self.decision,
             "kept": [int(i) for i in np.flatnonzero(self.kept)],
+            "order": list(self.order),
             "level": self.level,
-            "tau": self.tau,
+            "tau": self.requirement.tau,
+            "margin": self.requirement.margin,
+            "method": self.method,
             "n": self.n,
             "full": asdict(self.full),
-            "tests": [asdict(t) | {"kept": [int(i) for i in np.flatnonzero(t.kept)]} for t in self.tests],
+            "tests": [
+                asdict(t)
+                | {
+                    "kept": [int(i) for i in np.flatnonzero(t.kept)],
+                    "order": None if t.order is None else list(t.order),
+                }
+                for t in self.tests
+            ],
             "power_statement": self.power_statement,
             "sealed_digest": self.sealed_digest,
             "cleaned_bar": self.cleaned_bar,
+            "earlier_looks": self.earlier_looks,
             "text": self.text,
         }
 
@@ -163,13 +159,17 @@ def certify(
     evaluate: EvaluateTarget,
     *,
     n_units: int,
-    tau: float,
+    requirement: Requirement,
     level: float,
-    n_sealed: int,
+    sealed: Sequence[str],
+    seen: Collection[str],
     query_digest: str,
-    full_score: float = 0.8,
-    right_or_wrong: bool = True,
+    method: str = "exact",
+    block: int | None = None,
+    reordered: Reordered | None = None,
     cleaned_bar: bool = False,
+    full_score: float | None = None,
+    earlier_looks: int = 0,
 ) -> Certificate:
     """Test nested candidates against the full prompt, mildest first.
 
@@ -181,22 +181,31 @@ def certify(
     evaluate : callable
         Target values on the sealed split.
     n_units : int
-    tau : float
-        Share of the full prompt's performance to keep, in (0, 1].
+    requirement : Requirement
     level : float
-    n_sealed : int
-        Size of the sealed split.
+    sealed : sequence of str
+        A key for each query of the sealed split, in its order; equal texts have equal keys.
+    seen : collection of str
+        Keys of all queries that any earlier step asked the target or a proxy, whatever for.
     query_digest : str
-        SHA-256 of its queries, for the record.
-    full_score : float
-        Performance of the full prompt as known from other queries; used by the power statement only.
-    right_or_wrong : bool
-        Whether the metric gives 0 or 1 only (exact test) or any score in [0, 1] (betting). Said by the
-        caller, because a sample that happens to hold only zeros and ones does not make a metric binary.
+        SHA-256 of the sealed queries, for the record.
+    method : {"exact", "betting"}
+        ``"exact"`` takes scores of 0 and 1 only; it is valid for one look, so it asks all sealed queries at once.
+        ``"betting"`` takes scores in [0, 1] and is valid at every look: queries are asked in blocks, and a candidate
+        is left as soon as it is certified, or can no longer be. Said by the caller, because a sample that happens
+        to hold only zeros and ones does not make a metric binary.
+    block : int, optional
+        Queries asked at once with ``"betting"``; by default a quarter of them, and at least ten.
+    reordered : Reordered, optional
+        Last step of the sequence: the demonstrations of the last candidate in another order.
     cleaned_bar : bool
         The first candidate is the cleaned prompt and did better than the full one on other queries: later candidates
-        must keep ``tau`` of its performance as well, so that compression cannot spend what cleaning gained.
+        must hold the requirement against it as well, so that compression cannot spend what cleaning gained.
         Both tests must pass, each at full level (an intersection-union test).
+    full_score : float, optional
+        Performance of the full prompt as known from other queries; used by the power statement only.
+    earlier_looks : int
+        Earlier tests of related prompts on these sealed queries; stated with the claim.
 
     Returns
     -------
@@ -205,130 +214,85 @@ def certify(
     Raises
     ------
     InputError
-        When the candidates are not nested.
+        When an earlier step saw a sealed query, the candidates are not nested, ``block`` is given with ``"exact"``, or
+        a number of answers other than that of the sealed queries comes back.
     InconclusiveError
         When more than 5 % of the answers are missing; a missing answer counts against the candidate.
     """
     rows = [np.asarray(c, dtype=np.bool_) for c in candidates if not np.all(c)]
+    whole = np.ones(n_units, dtype=np.bool_)
+    _check(rows, whole, sealed, seen, method, block, reordered)
+    power = power_statement(
+        len(sealed), requirement=requirement, level=level, full_score=full_score, method=method
+    )
+    size = len(sealed) if method == "exact" else block or max(10, ceil(len(sealed) / 4))
+    full = Answers(lambda queries: evaluate(whole[None, :], queries), len(sealed), size)
+    steps: list[tuple[NDArray[np.bool_], Answers, tuple[int, ...] | None]] = [
+        (kept, Answers(_asker(evaluate, kept), len(sealed), size), None) for kept in rows
+    ]
+    if reordered is not None:
+        other = Answers(lambda queries: reordered.evaluate(reordered.order, queries), len(sealed), size)
+        steps.append((rows[-1] if rows else whole, other, reordered.order))
+    tests: list[CandidateTest] = []
+    open_sequence = True
+    for kept, answers, order in steps:
+        if not open_sequence:
+            tests.append(untested(kept, order))
+            continue
+        bars = {"full": full} | ({"cleaned": steps[0][1]} if cleaned_bar and tests else {})
+        tests.append(decide(kept, order, answers, bars, requirement, level, method))
+        open_sequence = tests[-1].passed
+    if not steps:
+        full.ask(len(sealed))
+    passed = [t for t in tests if t.passed]
+    return Certificate(
+        decision="certified" if passed or not steps else "not_certified",
+        kept=passed[-1].kept if passed else whole,
+        level=level,
+        requirement=requirement,
+        method=method,
+        n=len(sealed),
+        full=measured_on(full.performance[: full.asked], full.tokens[: full.asked]),
+        tests=tuple(tests),
+        power_statement=power,
+        sealed_digest=query_digest,
+        cleaned_bar=cleaned_bar,
+        earlier_looks=earlier_looks,
+    )
+
+
+def _asker(evaluate: EvaluateTarget, kept: NDArray[np.bool_]) -> AskSealed:
+    return lambda queries: evaluate(kept[None, :], queries)
+
+
+def _check(
+    rows: Sequence[NDArray[np.bool_]],
+    whole: NDArray[np.bool_],
+    sealed: Sequence[str],
+    seen: Collection[str],
+    method: str,
+    block: int | None,
+    reordered: Reordered | None,
+) -> None:
+    known = [key for key in sealed if key in set(seen)]
+    if known:
+        raise InputError(
+            f"sealed: {len(known)} of {len(sealed)} queries were asked by an earlier step (first: {known[0]!r});"
+            " they cannot certify.",
+            hint="Certify on queries that served no other purpose.",
+        )
+    if method not in ("exact", "betting"):
+        raise InputError(f"method: got {method!r}; allowed: exact, betting.")
+    if block is not None and (method == "exact" or block < 1):
+        raise InputError(
+            f"block={block} with method={method!r}: the exact test is valid for one look, at all sealed queries.",
+            hint="Use 'betting' to look after every block.",
+        )
     for before, after in pairwise(rows):
         if (after & ~before).any():
             raise InputError(
                 "candidates: one is not a subset of the one before; a fixed-sequence test needs nested candidates."
             )
-    power = power_statement(n_sealed, tau=tau, level=level, full_score=round(full_score, 2))
-    whole = np.ones(n_units, dtype=np.bool_)
-    reference = evaluate(whole[None, :])
-    reference.require_complete("certifying on the target")
-    full = reference.performance[0]
-    tests: list[CandidateTest] = []
-    open_sequence = True
-    cleaned: NDArray[np.float64] | None = None
-    for kept in rows:
-        if not open_sequence:
-            tests.append(_untested(kept))
-            continue
-        values = evaluate(kept[None, :])
-        bars = [("full", full)] + ([("cleaned", cleaned)] if cleaned is not None else [])
-        results = [
-            (
-                name,
-                bar,
-                non_inferiority(
-                    bar,
-                    values.performance[0],
-                    tau=tau,
-                    level=level,
-                    method="exact" if right_or_wrong else "betting",
-                ),
-            )
-            for name, bar in bars
-        ]
-        name, bar, test = max(results, key=lambda r: r[2].p_value)
-        tests.append(_tested(kept, values, bar, test, name))
-        if cleaned_bar and cleaned is None:
-            cleaned = values.performance[0]
-        open_sequence = test.certified
-    passed = [t for t in tests if t.passed]
-    return Certificate(
-        decision="certified" if passed or not rows else "not_certified",
-        kept=passed[-1].kept if passed else whole,
-        level=level,
-        tau=tau,
-        n=n_sealed,
-        full=_measured(full, reference.prompt_tokens[0]),
-        tests=tuple(tests),
-        power_statement=power,
-        sealed_digest=query_digest,
-        cleaned_bar=cleaned_bar,
-    )
-
-
-@lru_cache(maxsize=64)
-def power_statement(n: int, *, tau: float, level: float, full_score: float, discordance: float = 0.1) -> str:
-    """Say, before anything is asked, what a certificate on ``n`` sealed queries can show."""
-    score = min(max(full_score, 0.05), 0.95)
-    share = min(discordance, 1.8 * min(score, 1 - score))
-
-    def largest(n: int) -> str:
-        plan = smallest_certifiable_loss(n, tau=tau, level=level, discordance=share, full_score=score)
-        if plan.loss is None:
-            return "cannot be relied on to certify anything"
-        if plan.loss < 0:
-            return f"certify with 80 % chance only a prompt that is at least {-plan.loss:.1%} better"
-        return f"certify with 80 % chance a true loss of up to {plan.loss:.1%}"
-
-    return (
-        f"Planned before asking: with accuracy near {score:.0%}, {share:.0%} of the queries answered differently and"
-        f" tau = {tau:g}, {n} sealed queries {largest(n)}; {2 * n} would {largest(2 * n)}."
-    )
-
-
-def _measured(performance: NDArray[np.float64], tokens: NDArray[np.int64]) -> Measured:
-    low, high = interval(performance)
-    known = tokens[tokens > 0]
-    return Measured(float(np.nanmean(performance)), low, high, float(known.mean()) if len(known) else 0.0)
-
-
-def _tested(
-    kept: NDArray[np.bool_], values: Values, full: NDArray[np.float64], test: NonInferiority, bar: str
-) -> CandidateTest:
-    mine = values.performance[0]
-    measured = _measured(mine, values.prompt_tokens[0])
-    with np.errstate(invalid="ignore"):
-        discordant = int((mine != full)[~np.isnan(mine) & ~np.isnan(full)].sum())
-    return CandidateTest(
-        kept=kept,
-        n_kept=int(kept.sum()),
-        tested=True,
-        passed=test.certified,
-        performance=measured.performance,
-        low=measured.low,
-        high=measured.high,
-        tokens=measured.tokens,
-        difference=test.estimate,
-        lower_bound=test.lower_bound,
-        evidence_name="p-value" if test.e_value is None else "e-value",
-        evidence=test.p_value if test.e_value is None else test.e_value,
-        n_discordant=discordant,
-        retained=test.retained,
-        retained_lower_bound=test.retained_lower_bound,
-        bar=bar,
-    )
-
-
-def _untested(kept: NDArray[np.bool_]) -> CandidateTest:
-    return CandidateTest(
-        kept=kept,
-        n_kept=int(kept.sum()),
-        tested=False,
-        passed=False,
-        performance=0.0,
-        low=0.0,
-        high=0.0,
-        tokens=0.0,
-        difference=0.0,
-        lower_bound=0.0,
-        evidence_name="p-value",
-        evidence=1.0,
-        n_discordant=0,
-    )
+    last = rows[-1] if rows else whole
+    if reordered is not None and set(reordered.order) != set(np.flatnonzero(last).tolist()):
+        raise InputError("reordered: it does not hold exactly the demonstrations of the last candidate.")

@@ -1,16 +1,17 @@
-"""Remove as many demonstrations as the target model allows [PE 5.1].
+"""Remove as many demonstrations as the target model allows [PE 5.1], for few target calls.
 
-Candidates lie on a nested path: demonstrations leave in order of increasing attribution. The target is asked
-for its performance at some points of the path on the selection split; the largest cut whose performance stays
-at ``tau`` times that of the full prompt is the choice. Performance here is a point estimate on queries that
-choose; what may be claimed is for :mod:`proxyprompt.optimize.certificate` and its sealed queries.
+Candidates lie on a nested path. The target is asked for some points of it on the selection split, from the
+smallest prompt up, a block of queries at a time, and a point is left as soon as it is clear on which side of the line
+the whole split would put it. The smallest prompt that holds the line is the choice. Performance here is a point
+estimate on queries that choose; what may be claimed is for :mod:`proxyprompt.optimize.certificate` and its sealed
+queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,21 @@ from numpy.typing import NDArray
 from proxyprompt.errors import InputError
 from proxyprompt.value_function import Values
 
-__all__ = ["Compression", "PathPoint", "compress", "interval", "nested_path"]
+from ._early import side_of_line
+from .requirement import Requirement
 
-# Each candidate costs the target the whole sealed split.
-_MOST_CANDIDATES = 5
+__all__ = ["Compression", "EvaluateTarget", "PathPoint", "compress", "interval", "measured_point"]
 
-EvaluateTarget: TypeAlias = Callable[[NDArray[np.bool_]], Values]
+_BETWEEN = 2
+"""Points between start and choice that are proposed as well; each costs the target the whole sealed split."""
+
+
+class EvaluateTarget(Protocol):
+    """Ask the target model for coalitions of the whole prompt."""
+
+    def __call__(self, rows: NDArray[np.bool_], queries: NDArray[np.int64] | None = None, /) -> Values:
+        """Values on the queries with these indices into the split; ``None``: on all."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,14 +44,19 @@ class PathPoint:
     ----------
     kept : bool (n_units,)
     performance : float
-        Mean over queries; higher is better.
+        Mean over the queries asked; higher is better.
     low, high : float
         95 % interval of that mean.
     difference : float
-        Mean of ``performance - tau * performance of the reference``, paired by query.
+        How far above the line, paired by query: mean of ``performance - reference's performance`` over the queries
+        asked, plus what may be lost. 0 or more holds the line.
     difference_se : float
     tokens : float
         Mean tokens of the rendered prompts; 0 where not known.
+    n_queries : int
+        Queries asked; fewer than the split has where it was clear before.
+    holds : bool
+        Whether the point holds the line.
     """
 
     kept: NDArray[np.bool_]
@@ -51,6 +66,8 @@ class PathPoint:
     difference: float
     difference_se: float
     tokens: float
+    n_queries: int
+    holds: bool
 
     @property
     def n_kept(self) -> int:
@@ -67,6 +84,8 @@ class PathPoint:
             "difference": self.difference,
             "difference_se": self.difference_se,
             "tokens": self.tokens,
+            "n_queries": self.n_queries,
+            "holds": self.holds,
         }
 
 
@@ -78,25 +97,41 @@ class Compression:
     ----------
     full : PathPoint
         The deployed prompt.
+    zero_shot : PathPoint
+        The prompt without any demonstration, whether or not it lies on the path.
     reference : float
-        Performance that ``tau`` is a share of: the better of the full and the cleaned prompt.
+        Performance from which the requirement counts: that of the better of the full and the cleaned prompt.
     points : tuple of PathPoint
         Measured points of the path, from most to fewest demonstrations.
     chosen : PathPoint
-        Fewest demonstrations with ``difference >= 0`` (the paper's rule).
+        Fewest demonstrations that hold the line (the paper's rule).
     candidates : tuple of PathPoint
         Nested, from most to fewest demonstrations, ending with ``chosen``: what to certify, in this order.
-    tau : float
+    requirement : Requirement
     n_queries : int
+        Size of the split.
+    cap : PathPoint or None
+        The first point of the path that obeys the caps, asked on the whole split; ``None``: no cap, or none obeys.
+    calls, calls_saved : int
+        Answers asked for along the path, and those that were not needed because it was clear before.
     """
 
     full: PathPoint
+    zero_shot: PathPoint
     reference: float
     points: tuple[PathPoint, ...]
     chosen: PathPoint
     candidates: tuple[PathPoint, ...]
-    tau: float
+    requirement: Requirement
     n_queries: int
+    cap: PathPoint | None = None
+    calls: int = 0
+    calls_saved: int = 0
+
+    @property
+    def line(self) -> float:
+        """Performance that has to be held on the selection split."""
+        return self.requirement.line(self.reference)
 
     @property
     def cleaned_is_better(self) -> bool:
@@ -110,136 +145,195 @@ class Compression:
         return 1.0 - self.chosen.n_kept / n if n else 0.0
 
 
-def nested_path(
-    scores: NDArray[np.float64], start: NDArray[np.bool_], *, protected: tuple[int, ...] = ()
-) -> NDArray[np.bool_]:
-    """Coalitions from ``start`` down to the empty one, lowest score leaving first.
-
-    Parameters
-    ----------
-    scores : float (n_units,)
-        Attribution; higher stays longer. Ties leave from the end of the prompt first.
-    start : bool (n_units,)
-        The prompt before compression, e.g. cleaned.
-    protected : tuple of int
-        Units that never leave.
-
-    Returns
-    -------
-    bool (n_steps + 1, n_units)
-    """
-    kept = np.asarray(start, dtype=np.bool_).copy()
-    order = sorted(
-        (int(i) for i in np.flatnonzero(kept) if i not in protected), key=lambda i: (scores[i], -i)
-    )
-    rows = [kept.copy()]
-    for unit in order:
-        kept[unit] = False
-        rows.append(kept.copy())
-    return np.array(rows, dtype=np.bool_)
-
-
 def compress(
     path: NDArray[np.bool_],
     evaluate: EvaluateTarget,
     *,
-    tau: float = 0.9,
+    requirement: Requirement,
+    rng: np.random.Generator,
     max_evaluations: int = 12,
+    level: float = 0.1,
+    block: int | None = None,
+    cap: int | None = None,
 ) -> Compression:
     """Measure the target along a nested path and choose the largest cut.
 
     Parameters
     ----------
     path : bool (n_steps, n_units)
-        From :func:`nested_path`.
+        From :func:`~proxyprompt.optimize.path.nested_path` or ``surrogate_path``.
     evaluate : callable
         Target values of coalitions of the whole prompt, on the selection split.
-    tau : float
-        Share of the reference performance that must remain, in (0, 1].
+    requirement : Requirement
+    rng : numpy.random.Generator
+        Order in which queries are asked.
     max_evaluations : int
-        Points of the path to measure: an even grid first, then halving between the choice and the next
-        smaller point that failed.
+        Points of the path to measure.
+    level : float
+        In [0, 1). Chance, over the order of the queries, with which a point may be left on another side of the
+        line than the whole split would put it; 0 leaves a point only when no further answer could change that.
+    block : int, optional
+        Queries asked at once; by default a quarter of the split, and at least ten.
+    cap : int, optional
+        Step of the path that is measured in any case, on the whole split: the first that obeys the user's caps.
 
     Returns
     -------
     Compression
+
+    Raises
+    ------
+    InputError
+        When an argument is out of range.
+    InconclusiveError
+        Too many answers missing.
+
+    Notes
+    -----
+    The full, the cleaned and the empty prompt are asked on the whole split. Then an even grid over the path is
+    gone through from the smallest prompt up, to the first point that holds; larger points of the grid cannot be the
+    choice and are not asked. The gap below that point is halved while evaluations are left. Two points between the
+    start and the choice are measured last, to have something to certify should the choice fail there.
     """
-    if not 0.0 < tau <= 1.0:
-        raise InputError(f"tau: got {tau!r}; it lies in (0, 1].")
     if max_evaluations < 2:
         raise InputError(f"max_evaluations: got {max_evaluations!r}; at least 2 (both ends of the path).")
+    if not 0.0 <= level < 1.0:
+        raise InputError(f"level: got {level!r}; it lies in [0, 1).")
+    search = _Search.begin(path, evaluate, requirement, rng, level, block)
     last = len(path) - 1
-    whole = np.ones((1, path.shape[1]), dtype=np.bool_)
+    if cap is not None:
+        search.measure(cap, whole=True)
     n_grid = min(last + 1, max(2, (2 * max_evaluations) // 3))
-    grid = sorted({round(float(x)) for x in np.linspace(0, last, n_grid)})
-    values = evaluate(np.vstack([whole, path[grid]]))
-    values.require_complete("measuring the path on the target")
-    reference = max(values.performance[:2], key=lambda row: float(np.nanmean(row)))
-    full = _point(whole[0], values.performance[0], reference, tau, values.prompt_tokens[0])
-    measured = {
-        step: _point(path[step], values.performance[1 + k], reference, tau, values.prompt_tokens[1 + k])
-        for k, step in enumerate(grid)
-    }
-    while len(measured) < min(max_evaluations, last + 1):
-        step = _next_step(measured, last)
-        if step is None:
+    for step in sorted({round(float(x)) for x in np.linspace(0, last, n_grid)}, reverse=True):
+        if len(search.found) < max_evaluations and search.measure(step).holds:
             break
-        more = evaluate(path[[step]])
-        measured[step] = _point(path[step], more.performance[0], reference, tau, more.prompt_tokens[0])
-    chosen = _chosen(measured)
+    while len(search.found) < max_evaluations:
+        below = min((s for s in search.found if s > search.chosen), default=None)
+        if below is None or below - search.chosen < 2:
+            break
+        search.measure((search.chosen + below) // 2)
+    chosen = search.chosen
+    between = sorted({round(float(x)) for x in np.linspace(0, chosen, _BETWEEN + 2)})[1:-1]
+    for step in between:
+        if len(search.found) < max_evaluations:
+            search.measure(step)
+    proposed = sorted({0, *(s for s in between if s in search.found and search.found[s].holds), chosen})
     return Compression(
-        full=full,
-        reference=float(np.nanmean(reference)),
-        points=tuple(measured[s] for s in sorted(measured)),
-        chosen=measured[chosen],
-        candidates=_candidates(measured, chosen),
-        tau=tau,
-        n_queries=len(reference),
+        full=search.full,
+        zero_shot=search.empty,
+        reference=float(np.nanmean(search.reference)),
+        points=tuple(search.found[s] for s in sorted(search.found)),
+        chosen=search.found[chosen],
+        candidates=tuple(search.found[s] for s in proposed),
+        requirement=requirement,
+        n_queries=len(search.reference),
+        cap=None if cap is None else search.found[cap],
+        calls=sum(p.n_queries for p in search.found.values()),
+        calls_saved=sum(len(search.reference) - p.n_queries for p in search.found.values()),
     )
 
 
-def _chosen(measured: dict[int, PathPoint]) -> int:
-    good = [step for step, point in measured.items() if point.difference >= 0]
-    return max(good, default=min(measured))
+@dataclass
+class _Search:
+    """What has been measured of one path."""
+
+    path: NDArray[np.bool_]
+    evaluate: EvaluateTarget
+    requirement: Requirement
+    order: NDArray[np.int64]
+    reference: NDArray[np.float64]
+    level: float
+    block: int
+    full: PathPoint
+    empty: PathPoint
+    found: dict[int, PathPoint] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        path: NDArray[np.bool_],
+        evaluate: EvaluateTarget,
+        requirement: Requirement,
+        rng: np.random.Generator,
+        level: float,
+        block: int | None,
+    ) -> _Search:
+        """Ask for the full prompt, the start of the path, and no demonstration at all."""
+        ends = np.vstack([np.ones_like(path[0]), path[0], np.zeros_like(path[0])])
+        values = evaluate(ends)
+        values.require_complete("measuring the path on the target")
+        n = values.performance.shape[1]
+        if block is None:
+            block = max(10, ceil(n / 4))
+        elif block < 1:
+            raise InputError(f"block: got {block!r}; at least one query.")
+        reference = max(values.performance[:2], key=lambda row: float(np.nanmean(row)))
+        points = [
+            measured_point(ends[k], values.performance[k], values.prompt_tokens[k], reference, requirement)
+            for k in range(3)
+        ]
+        search = cls(
+            path, evaluate, requirement, rng.permutation(n), reference, level, block, points[0], points[2]
+        )
+        search.found[0] = points[1]
+        if not path[-1].any():
+            search.found[len(path) - 1] = points[2]
+        return search
+
+    @property
+    def chosen(self) -> int:
+        """Step of the smallest prompt that holds the line, or of the start."""
+        return max((step for step, point in self.found.items() if point.holds), default=0)
+
+    def measure(self, step: int, *, whole: bool = False) -> PathPoint:
+        """One point of the path; known ones are not asked again."""
+        if step in self.found:
+            return self.found[step]
+        row, n = self.path[step], len(self.reference)
+        performance, tokens = np.full(n, np.nan), np.zeros(n, dtype=np.int64)
+        line = -self.requirement.allowance(float(np.nanmean(self.reference)))
+        side, asked = None, 0
+        while side is None and asked < n:
+            upto = n if whole else min(asked + self.block, n)
+            batch = self.order[asked:upto]
+            values = self.evaluate(row[None, :], batch)
+            values.require_complete("measuring the path on the target")
+            performance[batch], tokens[batch] = values.performance[0], values.prompt_tokens[0]
+            asked = upto
+            if asked < n:
+                d = (performance - self.reference)[self.order[:asked]]
+                d = d[~np.isnan(d)]
+                side, _ = side_of_line(d, n - (asked - len(d)), line, level=self.level)
+        self.found[step] = measured_point(
+            row, performance, tokens, self.reference, self.requirement, side, asked
+        )
+        return self.found[step]
 
 
-def _next_step(measured: dict[int, PathPoint], last: int) -> int | None:
-    """Halve the gap between the choice and the next smaller measured prompt."""
-    chosen = _chosen(measured)
-    below = min((s for s in measured if s > chosen), default=None)
-    if below is None or below - chosen < 2:
-        return None
-    return (chosen + below) // 2
-
-
-def _candidates(measured: dict[int, PathPoint], chosen: int) -> tuple[PathPoint, ...]:
-    """The cleaned start, the choice, and some measured steps between them that held the line."""
-    good = sorted(
-        {min(measured), *(s for s, p in measured.items() if s <= chosen and p.difference >= 0), chosen}
-    )
-    picks = np.linspace(0, len(good) - 1, min(len(good), _MOST_CANDIDATES))
-    return tuple(measured[good[round(float(k))]] for k in picks)
-
-
-def _point(
+def measured_point(
     kept: NDArray[np.bool_],
     performance: NDArray[np.float64],
-    reference: NDArray[np.float64],
-    tau: float,
     tokens: NDArray[np.int64],
+    reference: NDArray[np.float64],
+    requirement: Requirement,
+    side: str | None = None,
+    asked: int | None = None,
 ) -> PathPoint:
-    both = ~np.isnan(performance) & ~np.isnan(reference)
-    d = performance[both] - tau * reference[both]
+    """A point from its answers on the split, NaN where not asked or missing."""
+    d = (performance - reference)[~np.isnan(performance) & ~np.isnan(reference)]
     low, high = interval(performance)
     known = tokens[tokens > 0]
+    above = float(d.mean()) + requirement.allowance(float(np.nanmean(reference)))
     return PathPoint(
         kept=kept.copy(),
         performance=float(np.nanmean(performance)),
         low=low,
         high=high,
-        difference=float(d.mean()),
+        difference=above,
         difference_se=float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else 0.0,
         tokens=float(known.mean()) if len(known) else 0.0,
+        n_queries=len(performance) if asked is None else asked,
+        holds=above >= -1e-12 if side is None else side == "holds",
     )
 
 

@@ -90,6 +90,8 @@ _CERTIFICATE = {
             "retained_lower_bound": Optional(NUMBER),
             "passed": BOOL,
             "tested": BOOL,
+            "n": Optional(NUMBER),
+            "new_order": Optional(BOOL),
         }
     ),
     "power_statement": STRING,
@@ -105,6 +107,7 @@ _CURVE_POINT = {
     "high": NUMBER,
     "chosen": BOOL,
     "full": BOOL,
+    "n": Optional(NUMBER),
 }
 
 _PROXY = {
@@ -113,6 +116,10 @@ _PROXY = {
     "n_used": NUMBER,
     "mean_q_proxy": Optional(NUMBER),
     "mean_q_oracle": Optional(NUMBER),
+    "decided_by": Optional(OneOf(("attribution", "fidelity"))),
+    "mean_agreement_proxy": Optional(NUMBER),
+    "mean_agreement_oracle": Optional(NUMBER),
+    "beside": Optional(STRING),
     "agreement": NUMBER,
     "rank_correlation": Optional(NUMBER),
     "path": Optional(ListOf(ListOf(NUMBER))),
@@ -132,8 +139,12 @@ _SCREENING = {
     "fit_coalitions": NUMBER,
     "judge_coalitions": NUMBER,
     "text": STRING,
+    "power": Optional(STRING),
+    "target_pairs": Optional(NUMBER),
     "proxies": ListOf(_PROXY),
 }
+
+_TERM = {"name": STRING, "tokens": NUMBER, "rate": NUMBER, "cost": NUMBER}
 
 _COST = {
     "stages": ListOf(
@@ -159,8 +170,27 @@ _COST = {
             "source": STRING,
             "run_cost": NUMBER,
             "saved_per_thousand_calls": NUMBER,
+            "date": Optional(STRING),
+            "model": Optional(STRING),
+            "stable_tokens": Optional(ListOf(NUMBER)),
+            "scenarios": Optional(
+                ListOf(
+                    {
+                        "name": STRING,
+                        "before": NUMBER,
+                        "after": NUMBER,
+                        "saved_per_thousand_calls": NUMBER,
+                        "break_even_calls": Optional(NUMBER),
+                        "terms_before": ListOf(_TERM),
+                        "terms_after": ListOf(_TERM),
+                    }
+                )
+            ),
+            "warnings": Optional(ListOf(STRING)),
+            "notes": Optional(ListOf(STRING)),
         }
     ),
+    "unpriced": Optional(STRING),
     "crr": Optional(
         {
             "calls": Optional(NUMBER),
@@ -184,6 +214,18 @@ _CLEANING = {
         }
     ),
     "text": STRING,
+    "relabels": Optional(
+        ListOf(
+            {
+                "id": STRING,
+                "label": Optional(STRING),
+                "answer": Optional(STRING),
+                "probability": NUMBER,
+                "p_value": NUMBER,
+            }
+        )
+    ),
+    "relabel_text": Optional(STRING),
 }
 
 _SUMMARY = {
@@ -210,6 +252,7 @@ _SUMMARY = {
         "tau_line": NUMBER,
         "line_text": Optional(STRING),
         "points": ListOf(_CURVE_POINT),
+        "choice": Optional(ListOf(STRING)),
     },
     "cleaning": Optional(_CLEANING),
     "screening": Optional(_SCREENING),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -16,6 +17,7 @@ __all__ = [
     "p_value",
     "percent",
     "plural",
+    "rate",
     "share",
     "signed",
     "visible",
@@ -141,16 +143,43 @@ def p_value(value: float | None) -> str:
 
 
 def money(value: float | None, currency: str) -> str:
-    """Amount with its currency, with more decimals the smaller it is."""
+    """Amount with its currency, with more decimals the smaller it is.
+
+    Examples
+    --------
+    >>> [money(amount, "USD") for amount in (12.5, 0.0123, 0.000825)]
+    ['$12.50', '$0.0123', '$0.000825']
+    """
     if value is None:
         return NOT_AVAILABLE
-    digits = 2 if abs(value) >= 0.1 or value == 0 else 4
     sign = "\u2212" if value < 0 else ""
-    amount = f"{abs(value):,.{digits}f}"
-    if value and float(amount.replace(",", "")) == 0:
-        amount = f"{abs(value):.1e}"
+    size = abs(value)
+    if size >= 0.1 or value == 0:
+        amount = f"{size:,.2f}"
+    elif size < 1e-6:
+        amount = f"{size:.1e}"
+    else:
+        # three significant digits, so that fractions of a cent can be told apart; at least four decimals
+        amount = f"{size:.{2 - math.floor(math.log10(size))}f}"
+        amount = amount[:6] + amount[6:].rstrip("0")
     symbol = _CURRENCY_SIGNS.get(currency)
     return f"{sign}{symbol}{amount}" if symbol else f"{sign}{amount}\u00a0{currency}"
+
+
+def rate(value: float | None, currency: str) -> str:
+    """Price as it is listed: every decimal that it has, two at least.
+
+    Examples
+    --------
+    >>> rate(2.5, "USD"), rate(0.375, "USD"), rate(0.0625, "EUR")
+    ('$2.50', '$0.375', '\u20ac0.0625')
+    """
+    if value is None:
+        return NOT_AVAILABLE
+    symbol = _CURRENCY_SIGNS.get(currency)
+    whole, _, decimals = f"{value:,.9f}".partition(".")
+    amount = f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
+    return f"{symbol}{amount}" if symbol else f"{amount}\u00a0{currency}"
 
 
 def _minus(text: str) -> str:

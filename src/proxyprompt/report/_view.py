@@ -48,7 +48,12 @@ _GROUPS = (
         "Redundant, kept all the same",
         "Removing them as well was not shown to be safe for accuracy.",
     ),
-    (True, "harmful", "Suspected harmful, kept all the same", "Flagged, but not confirmed on the target."),
+    (
+        True,
+        "harmful",
+        "Harmful on these queries, kept all the same",
+        "No prompt without them could be certified.",
+    ),
 )
 
 # Month names do not come from strftime: it would follow the machine's locale.
@@ -73,7 +78,8 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     -------
     dict
         The checked summary and ``status``, ``figures``, ``groups``, ``explained``, ``certificate_sentences``,
-        ``sequence``, ``proxies``, ``money_sentences``, ``crr_sentence``, ``settings_rows``.
+        ``sequence``, ``relabels``, ``proxies``, ``money_sentences``, ``money_rows``, ``money_terms``, ``money_notes``,
+        ``money_warnings``, ``crr_sentence``, ``settings_rows``.
     """
     view = read(summary)
     label, tone = _STATUS[view["verdict"]["status"]]
@@ -83,6 +89,7 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view["figures"] = _figures(view)
     view["groups"] = _groups(view["demonstrations"])
     view["explained"] = _explained(view)
+    view["relabels"] = [_relabel(r) for r in (view["cleaning"] or {"relabels": None})["relabels"] or ()]
     view["certificate_sentences"] = _certificate(view)
     view["sequence"] = _sequence(view)
     steps = (view["certificate"] or {"sequence": []})["sequence"]
@@ -92,6 +99,10 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view["prompts"] = _prompts(view)
     view["proxies"] = [_proxy(p) for p in (view["screening"] or {"proxies": []})["proxies"]]
     view["money_sentences"] = _money(view["cost"])
+    priced = view["cost"]["money"] or {"scenarios": None, "warnings": None, "notes": None}
+    view["money_rows"] = [_scenario(s, priced["currency"]) for s in priced["scenarios"] or ()]
+    view["money_terms"] = [row for s in priced["scenarios"] or () for row in _terms(s, priced["currency"])]
+    view["money_warnings"], view["money_notes"] = priced["warnings"] or [], priced["notes"] or []
     view["crr_sentence"] = _crr(view["cost"]["crr"])
     view["settings_rows"] = _rows(view["settings"])
     view["versions_rows"] = _rows(view["versions"])
@@ -161,10 +172,13 @@ def _figures(view: dict[str, Any]) -> list[dict[str, str]]:
 
 def _pays(cost: Mapping[str, Any], priced: Mapping[str, Any] | None) -> str:
     if cost["break_even_calls"] is None:
+        if priced is not None and (priced["saved_per_thousand_calls"] or 0) < 0:
+            return "never: each call costs more"
         return "nothing is saved per call" if not cost["saved_tokens_per_call"] else "not computed"
     if priced is None:
         return "in tokens; no prices given"
-    return f"then saves {t.money(priced['saved_per_thousand_calls'], priced['currency'])} per 1,000 calls"
+    warned = "; see the warning" if priced["warnings"] else ""
+    return f"then saves {t.money(priced['saved_per_thousand_calls'], priced['currency'])} per 1,000 calls{warned}"
 
 
 def _groups(demonstrations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,6 +207,17 @@ def _confirmation(found: Mapping[str, Any] | None) -> str:
         f"Checked on the target: {outcome} (difference {t.signed(found['difference'])} \u00b1 "
         f"{t.fixed(found['standard_error'])}, {t.p_value(found['p_value'])})."
     )
+
+
+def _relabel(found: Mapping[str, Any]) -> dict[str, str]:
+    hidden = "not shown"
+    return {
+        "id": found["id"],
+        "label": found["label"] if found["label"] is not None else hidden,
+        "answer": found["answer"] if found["answer"] is not None else hidden,
+        "probability": t.share(found["probability"]),
+        "evidence": t.p_value(found["p_value"]),
+    }
 
 
 def _explained(view: dict[str, Any]) -> str:
@@ -268,7 +293,7 @@ def _sequence(view: dict[str, Any]) -> list[dict[str, str]]:
         outcome = ("passed" if step["passed"] else "failed") if step["tested"] else "not tested"
         rows.append(
             {
-                "n_kept": t.count(step["n_kept"]),
+                "n_kept": t.count(step["n_kept"]) + (", new order" if step["new_order"] else ""),
                 "performance": show(step["performance"]) if step["tested"] else "\u2013",
                 "difference": _points(step["difference"], show).removesuffix(_POINTS)
                 if step["tested"]
@@ -310,12 +335,17 @@ def _prompts(view: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _proxy(proxy: dict[str, Any]) -> dict[str, Any]:
+    decides = proxy.get("decided_by") or t.NOT_AVAILABLE
     facts = [
         ("Query pairs used", t.count(proxy["n_used"])),
+        ("Decided by", {"attribution": "agreement of attributions"}.get(decides, decides)),
+        ("Agreement of attributions, proxy with target", t.fixed(proxy.get("mean_agreement_proxy"))),
+        ("Agreement of attributions, target with itself", t.fixed(proxy.get("mean_agreement_oracle"))),
         ("Fidelity to the target, explained by the proxy", t.fixed(proxy["mean_q_proxy"])),
         ("Fidelity to the target, explained by itself", t.fixed(proxy["mean_q_oracle"])),
         ("Same answer on the full prompt", t.share(proxy["agreement"])),
         ("Rank correlation of attributions", t.fixed(proxy["rank_correlation"], 2)),
+        ("The other evidence, by the same rule", proxy.get("beside") or t.NOT_AVAILABLE),
     ]
     paper = proxy["paper_rule"]
     said = ""
@@ -349,17 +379,45 @@ def _money(cost: dict[str, Any]) -> list[str]:
         saving += f" The run has paid for itself after {t.plural(pays, 'call')}."
     priced = cost["money"]
     if priced is None:
-        return [bought, saving, "Unpriced: no price was given, so everything is stated in tokens."]
+        why = cost["unpriced"] or "no price was given."
+        return [bought, saving, f"Unpriced: {why} Everything is stated in tokens."]
     currency = priced["currency"]
-    cost_of_run, saving_of_calls, rate = (
-        t.money(priced[k], currency)
-        for k in ("run_cost", "saved_per_thousand_calls", "price_input_per_million")
-    )
+    saved_money = priced["saved_per_thousand_calls"]
+    per_thousand = f"save {t.money(saved_money, currency)}"
+    if saved_money is not None and saved_money < 0:
+        per_thousand = f"cost {t.money(-saved_money, currency)} more"
+    source = ", ".join(part for part in (priced["model"], priced["source"], priced["date"]) if part)
     price = (
-        f"In money: the run cost {cost_of_run}; 1,000 calls save {saving_of_calls}, at {rate} per million "
-        f"input tokens ({priced['source']})."
+        f"In money: the run cost {t.money(priced['run_cost'], currency)}; 1,000 calls {per_thousand}, at "
+        f"{t.rate(priced['price_input_per_million'], currency)} per million input tokens ({source})."
     )
     return [bought, saving, price]
+
+
+def _scenario(scenario: Mapping[str, Any], currency: str) -> dict[str, str]:
+    calls = scenario["break_even_calls"]
+    return {
+        "name": scenario["name"],
+        "before": t.money(scenario["before"], currency),
+        "after": t.money(scenario["after"], currency),
+        "saved": t.money(scenario["saved_per_thousand_calls"], currency),
+        "pays": t.plural(calls, "call") if calls is not None else "never",
+    }
+
+
+def _terms(scenario: Mapping[str, Any], currency: str) -> list[dict[str, str]]:
+    return [
+        {
+            "scenario": scenario["name"],
+            "prompt": prompt,
+            "name": term["name"],
+            "tokens": t.fixed(term["tokens"], 1),
+            "rate": t.rate(term["rate"], currency),
+            "cost": t.money(term["cost"], currency),
+        }
+        for prompt, terms in (("full", scenario["terms_before"]), ("smaller", scenario["terms_after"]))
+        for term in terms
+    ]
 
 
 def _crr(crr: dict[str, Any] | None) -> str:

@@ -144,7 +144,8 @@ def attribution_chart(view: _Row, width: float, name: str) -> str:
         return ""
     spans = [(d["attribution"], d["standard_error"] or 0.0) for d in rows]
     low, high = min(0.0, *(v - e for v, e in spans)), max(0.0, *(v + e for v, e in spans))
-    pad = 0.05 * (high - low) or 1.0
+    # Attributions that differ by rounding alone are drawn as zeros, not blown up to fill the chart.
+    pad = 0.05 * (high - low) if high - low > 1e-9 else 1.0
     ticks = linear_ticks(low - pad, high + pad, 6)
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)) if len(ticks) > 1 else 2
     names = [t.signed(v, digits) for v in ticks]

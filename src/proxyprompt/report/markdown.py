@@ -107,6 +107,21 @@ def _removals(view: dict[str, Any]) -> list[str]:
                 ],
             )
         )
+    return [*parts, *_cleaning(view)]
+
+
+def _cleaning(view: dict[str, Any]) -> list[str]:
+    found = view["cleaning"]
+    if found is None:
+        return []
+    parts = ["## How the harmful ones were checked", escape(found["text"])]
+    parts += [f"Round {k}: {escape(r['text'])}" for k, r in enumerate(found["rounds"], 1)]
+    if found["relabel_text"] is not None:
+        parts += ["### Labels that the target contradicts", escape(found["relabel_text"])]
+    if view["relabels"]:
+        header = ["Id", "Label", "The target answers", "Probability", "Evidence"]
+        keys = ("id", "label", "answer", "probability", "evidence")
+        parts.append(_table(header, [[t.clip(row[key], 60) for key in keys] for row in view["relabels"]]))
     return parts
 
 
@@ -142,18 +157,20 @@ def _evidence(view: dict[str, Any]) -> list[str]:
         )
         parts.append(
             _table(
-                ["Kept", name, "95 % interval", ""],
+                ["Kept", name, "95 % interval", "Queries", ""],
                 [
                     [
                         t.count(p["n_kept"]),
                         show(p["value"]),
                         t.interval(show(p["low"]), show(p["high"])),
+                        t.count(p["n"]),
                         " ".join(w for w, on in (("chosen", p["chosen"]), ("full prompt", p["full"])) if on),
                     ]
                     for p in curve["points"]
                 ],
             )
         )
+    parts += [escape(s) for s in curve["choice"] or ()]
     return parts
 
 
@@ -167,7 +184,7 @@ def _screening(view: dict[str, Any]) -> list[str]:
         rows.append([p["name"], p["label"], facts, f"{p['note']}{paper}"])
     return [
         "## May the proxy stand in?",
-        escape(view["screening"]["text"]),
+        escape(" ".join(filter(None, (view["screening"]["text"], view["screening"].get("power"))))),
         _table(["Proxy", "Decision", "Evidence", "Note"], rows),
     ]
 
@@ -184,8 +201,12 @@ def _cost(view: dict[str, Any]) -> list[str]:
     parts = [
         "## What it cost, what it saves",
         *(escape(s) for s in view["money_sentences"]),
-        escape(view["crr_sentence"]),
     ]
+    if view["money_rows"]:
+        header = ["Per call", "Full prompt", "Smaller prompt", "1,000 calls save", "Run paid after"]
+        keys = ("name", "before", "after", "saved", "pays")
+        parts.append(_table(header, [[row[key] for key in keys] for row in view["money_rows"]]))
+    parts += [escape(s) for s in view["money_notes"]] + [escape(view["crr_sentence"])]
     if rows:
         header = ["Stage", "Model", "Calls bought", "Calls reused", "Tokens bought", "Tokens reused"]
         parts.append(_table(header, rows))

@@ -57,13 +57,25 @@ def print_terminal(summary: Mapping[str, Any], console: Any = None) -> None:
     for sentence in [*view["verdict"]["sentences"], *view["certificate_sentences"]]:
         printer.line(sentence)
     _removals(view, printer)
+    if view["relabels"]:
+        rows = [[r[k] for k in ("id", "label", "answer", "probability")] for r in view["relabels"]]
+        printer.heading("Labels that the target contradicts")
+        printer.table(["Id", "Label", "The target answers", "Probability"], rows)
     if view["proxies"]:
         rows = [[p["name"], p["label"], p["note"]] for p in view["proxies"]]
         printer.heading("May the proxy stand in?")
         printer.table(["Proxy", "Decision", "Why"], rows)
     printer.line(view["explained"])
     printer.heading("Cost")
-    for sentence in [*view["money_sentences"], view["crr_sentence"]]:
+    for sentence in view["money_sentences"]:
+        printer.line(sentence)
+    if view["money_rows"]:
+        keys = ("name", "before", "after", "saved", "pays")
+        printer.table(
+            ["Per call", "Full prompt", "Smaller prompt", "1,000 calls save", "Run paid after"],
+            [[row[key] for key in keys] for row in view["money_rows"]],
+        )
+    for sentence in [*view["money_notes"], view["crr_sentence"]]:
         printer.line(*([sentence] if sentence else []))
     if view["limits"]:
         printer.heading("Limits")
