@@ -551,7 +551,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where results go (default: results/ beside this file)")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument(
-        "--again", action="store_true", help="measure --models anew and keep the rest of the results there are"
+        "--again",
+        action="store_true",
+        help="measure --models anew and keep the rest of the results there are",
     )
     parser.add_argument("--memory-of", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
