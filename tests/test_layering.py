@@ -15,7 +15,7 @@ LEVEL = {
     "units": 7, "embedding": 6, "money": 6, "savings": 7, "task": 7, "data": 8, "_ledger_file": 8,
     "_request_keys": 8, "ledger": 9, "metering": 10, "value_function": 11, "_screening_pairs": 12,
     "_screening_result": 12, "screening": 13, "explanation": 12, "optimize": 13, "settings": 13,
-    "_query_use": 10, "_shrinking": 15, "_shrinking_summary": 17, "models": 14, "config": 15,
+    "_query_use": 10, "_run": 14, "_explaining": 15, "_shrinking": 15, "_shrinking_summary": 17, "models": 14, "config": 15,
     "pipeline": 16, "artifact": 17, "explains": 18, "summary": 18, "report": 5, "outputs": 19,
     "demo": 20, "cli": 21,
 }  # fmt: skip

@@ -15,17 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._query_use import note_use, query_key, refuse_used
+from ._explaining import Explanation, explain, screen_proxies
+from ._query_use import note_use, refuse_used
+from ._run import Observer, Run, Silent
 from ._shrinking import Explained, Shrinking, certify_shrinking, plan, shrink
 from .attribution import Banzhaf, KernelSHAP, Lasso, LeaveOneOut, PermutationShapley, WeightedBanzhaf
-from .attribution.base import Attribution, Design, Explainer
-from .attribution.calibrated import CalibratedAttribution, calibrate
-from .attribution.extending import nested_designs
+from .attribution.base import Explainer
 from .backends.base import Backend
 from .data import Splits
 from .errors import InputError
@@ -38,10 +38,10 @@ from .optimize.reexplain import Reexplainer
 from .optimize.relabel import Relabeling, own_queries, propose_relabels, zero_shot_doubts
 from .prices import Price, Pricing, Quote, quote_run
 from .prompt import FewShotPrompt, Query
-from .screening import Screening, agreement, plan_screen, screen
+from .screening import Screening
 from .settings import Settings
 from .task import LabelTask, Task
-from .value_function import PromptValueFunction, Values
+from .value_function import Values
 
 __all__ = ["Explanation", "Observer", "Result", "optimize_prompt"]
 
@@ -57,62 +57,6 @@ _EXPLAINERS: dict[str, type[Explainer]] = {
 }
 
 STAGES = ("screen", "attribute", "clean", "compress", "certify")
-
-
-class Observer(Protocol):
-    """Is told what happens; the command line draws bars with it."""
-
-    def stage(self, name: str, text: str) -> None:
-        """A stage begins."""
-        ...
-
-    def progress(self, done: int, total: int) -> None:
-        """Calls of the current batch, answered from the ledger or by the model."""
-        ...
-
-    def tokens(self, n: int) -> None:
-        """A local model has computed so many more tokens."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth telling a person."""
-        ...
-
-
-class _Silent:
-    def stage(self, name: str, text: str) -> None: ...
-    def progress(self, done: int, total: int) -> None: ...
-    def tokens(self, n: int) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Attributions, and whose they are.
-
-    Attributes
-    ----------
-    attribution : Attribution
-    role : {"proxy", "target"}
-    model : str
-    why : str
-        Why this model explains.
-    query_ids : tuple of str
-    calibration : CalibratedAttribution or None
-        How proxies that were not accepted made the target's own attributions more precise; ``None`` when they did not.
-    design : Design or None
-    utility : float (n_coalitions, n_queries) or None
-        What the attributions were fitted on.
-    """
-
-    attribution: Attribution
-    role: str
-    model: str
-    why: str
-    query_ids: tuple[str, ...]
-    calibration: CalibratedAttribution | None = None
-    design: Design | None = field(default=None, repr=False)
-    utility: NDArray[np.float64] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -163,54 +107,6 @@ class Result:
     pricing: Pricing = field(default_factory=Pricing)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class _Run:
-    """What the stages share."""
-
-    prompt: FewShotPrompt
-    task: Task
-    splits: Splits
-    target: Meter
-    proxies: dict[str, Meter]
-    settings: Settings
-    explainer: Explainer
-    watch: Observer
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    wide: Design | None = None
-    asked: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._keys = {q.id: query_key(q) for queries in self.splits.values() for q in queries}
-
-    def rng(self, purpose: int) -> np.random.Generator:
-        """A generator of its own for each purpose, so that no stage shifts another's draws."""
-        return np.random.default_rng([self.settings.seed, purpose])
-
-    def evaluate(
-        self,
-        meter: Meter,
-        queries: Sequence[Query],
-        stage: str,
-        rows: NDArray[np.bool_],
-        prompt: FewShotPrompt | None = None,
-    ) -> Values:
-        """Values of coalitions of the prompt, or of another; remembers which queries stages before the last have asked."""
-        if stage != "certify":
-            self.asked.update(self._keys[q.id] for q in queries if q.id in self._keys)
-        return PromptValueFunction(
-            prompt or self.prompt, self.task, queries, meter, stage, self.watch.progress
-        ).evaluate(rows)
-
-    def on_target(self, split: str, stage: str) -> Callable[[NDArray[np.bool_]], Values]:
-        return lambda rows: self.evaluate(self.target, self.splits[split], stage, rows)
-
-    @property
-    def protected(self) -> tuple[int, ...]:
-        keep = set(self.settings.keep)
-        return tuple(i for i, d in enumerate(self.prompt.demonstrations) if d.id in keep)
 
 
 def optimize_prompt(
@@ -276,10 +172,10 @@ def optimize_prompt(
     )
     # The first accepted proxy explains, so the cheapest comes first; equal prices keep the order given.
     proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
-    watch = observer or _Silent()
+    watch = observer or Silent()
     key = _run_key(prompt, task, splits, settings, [target, *proxies])
     limits = Limits(settings.target_calls, settings.target_tokens)
-    run = _Run(
+    run = Run(
         prompt=prompt,
         task=task,
         splits=splits,
@@ -293,8 +189,8 @@ def optimize_prompt(
     refuse_used(ledger, key, prompt, splits["sealed"])
     watch.note(plan(settings, task, len(splits["sealed"])))
     note_use(ledger, key, "explain", prompt, splits["explain"])
-    screening = _timed(run, "screen", _screen)
-    explanation = _timed(run, "attribute", lambda r: _explain(r, screening))
+    screening = _timed(run, "screen", screen_proxies)
+    explanation = _timed(run, "attribute", lambda r: explain(r, screening))
     note_use(ledger, key, "select", prompt, splits["select"])
     cleaning, relabeling = _timed(run, "clean", lambda r: _clean(r, explanation))
     compression, shrinking = _timed(run, "compress", lambda r: _compress(r, explanation, screening, cleaning))
@@ -340,196 +236,14 @@ def _price_of(quote: Quote) -> Decimal:
     return quote.rates.input if isinstance(quote, Price) else Decimal("Infinity")
 
 
-def _timed(run: _Run, stage: str, step: Callable[[_Run], T]) -> T:
+def _timed(run: Run, stage: str, step: Callable[[Run], T]) -> T:
     start = time.perf_counter()
     value = step(run)
     run.seconds[stage] = time.perf_counter() - start
     return value
 
 
-def _screen(run: _Run) -> Screening | None:
-    if not run.proxies:
-        return None
-    s, n = run.settings, run.prompt.n_units
-    design = _screening_design(run)
-    if design.n_coalitions == 2**n:
-        # With so few units every coalition is in the design; nothing is left to judge on.
-        run.notes.append(
-            f"With {n} demonstrations every coalition can be asked; no proxy is needed or screened."
-        )
-        return None
-    n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
-    taken = (
-        run.wide if run.wide is not None and run.wide.n_coalitions + n_judge <= 2 ** min(n, 30) else design
-    )
-    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=taken.coalitions)
-    names = ", ".join(run.proxies)
-    run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
-    plan_ahead = plan_screen(
-        len(run.splits["explain"]),
-        len(run.proxies),
-        method=s.screening_method,
-        on=s.screening_on,
-        tau=s.screening_tau,
-        delta=s.screening_delta,
-        max_pairs=s.max_pairs,
-        n_judge=n_judge,
-    )
-    run.watch.note(plan_ahead.text)
-
-    def ask(meter: Meter) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
-        return lambda queries, rows: run.evaluate(meter, queries, "screen", rows)
-
-    screening = screen(
-        ask(run.target),
-        {name: ask(meter) for name, meter in run.proxies.items()},
-        run.splits["explain"],
-        explainer=run.explainer,
-        design=design,
-        judge_coalitions=judges,
-        rng=run.rng(3),
-        method=s.screening_method,
-        on=s.screening_on,
-        tau=s.screening_tau,
-        delta=s.screening_delta,
-        max_pairs=s.max_pairs,
-        block=s.screening_block,
-    )
-    for proxy in screening.proxies:
-        run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
-    return screening
-
-
-def _screening_design(run: _Run) -> Design:
-    """Coalitions to fit on; ``run.wide`` has more of them, for proxies only, and begins with the same rows."""
-    s, n = run.settings, run.prompt.n_units
-    if not s.calibrate or not isinstance(run.explainer, KernelSHAP | WeightedBanzhaf):
-        return run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
-    few, many = s.n_fit(n), max(s.n_fit(n), s.n_proxy(n))
-    design, wide = nested_designs(run.explainer, n, (few, many), rng=run.rng(1))
-    run.wide = wide if wide.n_coalitions > design.n_coalitions else None
-    return design
-
-
-def _explain(run: _Run, screening: Screening | None) -> Explanation:
-    if screening is not None and screening.accepted:
-        explanation = _by_proxy(run, screening.accepted[0])
-        if explanation is not None:
-            return explanation
-    return _by_target(run, screening)
-
-
-def _by_proxy(run: _Run, name: str) -> Explanation | None:
-    """Proxy attributions on the queries that pass the instance-level screen [PE 3.1]."""
-    s, n, queries = run.settings, run.prompt.n_units, run.splits["explain"]
-    run.watch.stage("attribute", f"{name} explains: importance of every demonstration")
-    full = np.ones((1, n), dtype=np.bool_)
-    same = agreement(
-        run.evaluate(run.target, queries, "attribute", full),
-        run.evaluate(run.proxies[name], queries, "attribute", full),
-    )[0]
-    agreed = [q for q, yes in zip(queries, same, strict=True) if yes]
-    if len(agreed) < 2:
-        run.notes.append(
-            f"{name} was accepted but agrees with the target on {len(agreed)} queries; the target explains."
-        )
-        return None
-    design = run.explainer.design(n, s.n_proxy(n), rng=run.rng(4))
-    values = run.evaluate(run.proxies[name], agreed, "attribute", design.coalitions)
-    values.require_complete(f"attribution by {name}")
-    return Explanation(
-        attribution=run.explainer.fit(design, values.utility),
-        role="proxy",
-        model=name,
-        why=(
-            f"The screen accepted {name}. It explains the {len(agreed)} of {len(queries)} queries on which it"
-            " predicts the same as the target; the target confirms and certifies."
-        ),
-        query_ids=tuple(q.id for q in agreed),
-        design=design,
-        utility=values.utility,
-    )
-
-
-def _by_target(run: _Run, screening: Screening | None) -> Explanation:
-    """Oracle attributions; the coalitions are those of screening, so its target calls are used again."""
-    s, n = run.settings, run.prompt.n_units
-    name = run.target.backend.name
-    bought = list(screening.queries_bought) if screening is not None else []
-    queries = _oracle_queries(run.splits["explain"], bought, s.oracle_queries)
-    run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
-    design = (
-        screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
-    )
-    values = run.evaluate(run.target, queries, "attribute", design.coalitions)
-    values.require_complete(f"attribution by {name}")
-    attribution, calibration = run.explainer.fit(design, values.utility), None
-    if screening is None:
-        why = "No proxy model was screened; the target explains itself."
-    else:
-        what = ", ".join(f"{p.name} {p.decision}" for p in screening.proxies)
-        why = (
-            f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
-            " screen are used again."
-        )
-        calibration = _calibrate(run, queries, design, values.utility)
-        if calibration is not None:
-            attribution = calibration.attribution
-            why += (
-                f" What it says of {design.n_coalitions} coalitions is completed by {', '.join(run.proxies)} on"
-                f" {calibration.n_proxy}: they explain {calibration.rho2:.0%} of the error from sampling coalitions, worth"
-                f" {calibration.multiplier:.2f} times as many target calls."
-            )
-    return Explanation(
-        attribution=attribution,
-        calibration=calibration,
-        role="target",
-        model=name,
-        why=why,
-        query_ids=tuple(q.id for q in queries),
-        design=design,
-        utility=values.utility,
-    )
-
-
-def _calibrate(
-    run: _Run, queries: Sequence[Query], design: Design, utility: NDArray[np.float64]
-) -> CalibratedAttribution | None:
-    """Target attributions with the proxies' help; ``None`` when they are of none, or cannot say."""
-    if run.wide is None or not run.proxies or design.exact:
-        return None
-    values = [
-        run.evaluate(meter, queries, "attribute", run.wide.coalitions) for meter in run.proxies.values()
-    ]
-    if any(np.isnan(v.utility).any() for v in values):
-        run.notes.append(
-            "A proxy's answers were incomplete; the target's attributions were not calibrated with them."
-        )
-        return None
-    found = calibrate(
-        run.explainer,
-        run.wide,
-        np.stack([v.utility for v in values]),
-        np.arange(design.n_coalitions),
-        utility,
-        rng=run.rng(20),
-        measured_design=design,
-    )
-    if not found.lam.any():
-        run.notes.append(
-            f"{', '.join(run.proxies)} would not have made the target's attributions more precise; they are its own."
-        )
-        return None
-    return found
-
-
-def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
-    n = wanted if wanted is not None else max(len(bought), 30)
-    first = [q for q in queries if q.id in set(bought)]
-    return [*first, *(q for q in queries if q.id not in set(bought))][: max(n, 1)]
-
-
-def _clean(run: _Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | None]:
+def _clean(run: Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | None]:
     s = run.settings
     run.watch.stage("clean", "Does the target confirm what looks harmful?")
     if not s.clean:
@@ -559,7 +273,7 @@ def _clean(run: _Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | 
     )
 
 
-def _reexplainer(run: _Run, explanation: Explanation) -> Reexplainer:
+def _reexplainer(run: Run, explanation: Explanation) -> Reexplainer:
     """Whoever explained explains again; the target's calls are limited."""
     s, by_id = run.settings, {q.id: q for q in run.splits["explain"]}
     queries = [by_id[i] for i in explanation.query_ids]
@@ -577,7 +291,7 @@ def _reexplainer(run: _Run, explanation: Explanation) -> Reexplainer:
 
 
 def _compress(
-    run: _Run, explanation: Explanation, screening: Screening | None, cleaning: Cleaning
+    run: Run, explanation: Explanation, screening: Screening | None, cleaning: Cleaning
 ) -> tuple[Compression, Shrinking]:
     run.watch.stage("compress", "How few demonstrations does the target need?")
     by_id = {q.id: q for q in run.splits["explain"]}
@@ -594,7 +308,7 @@ def _compress(
 
 
 def _target_tokens(
-    run: _Run, explanation: Explanation, screening: Screening | None
+    run: Run, explanation: Explanation, screening: Screening | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Token counts of coalitions that the target has answered, from the ledger."""
     if explanation.role == "target" and explanation.design is not None:
@@ -608,20 +322,20 @@ def _target_tokens(
 
 
 def _certify(
-    run: _Run, compression: Compression, shrinking: Shrinking, ledger: Ledger, key: str
+    run: Run, compression: Compression, shrinking: Shrinking, ledger: Ledger, key: str
 ) -> Certificate:
     run.watch.stage("certify", f"Does it hold on {len(run.splits['sealed'])} sealed queries?")
     return certify_shrinking(run, compression, shrinking, ledger, key)
 
 
-def _oracle_tokens(run: _Run, compression: Compression) -> float:
+def _oracle_tokens(run: Run, compression: Compression) -> float:
     """Mean prompt tokens of a random coalition on the target: half way between its empty and full prompt."""
     if not compression.zero_shot.tokens or not compression.full.tokens:
         return compression.full.tokens
     return (compression.zero_shot.tokens + compression.full.tokens) / 2
 
 
-def _spent(ledger: Ledger, run: _Run, key: str) -> tuple[Mapping[str, Any], ...]:
+def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
     """Per stage and model: calls and tokens of this run in the ledger, and what this process bought."""
     rows = []
     by_role: tuple[tuple[CallRole, list[Meter]], ...] = (
@@ -654,7 +368,7 @@ def _spent(ledger: Ledger, run: _Run, key: str) -> tuple[Mapping[str, Any], ...]
     return tuple(rows)
 
 
-def _completion_tokens(run: _Run) -> float:
+def _completion_tokens(run: Run) -> float:
     """Mean completion tokens of the target's answers, bought or found."""
     stats = run.target.stats
     answers = stats.bought + stats.reused

@@ -190,9 +190,9 @@ def verify(
 
     Notes
     -----
-    On recorded outputs of closed models, agreement with the two strongest units verified, and all measured where the
-    models disagree, names the right segment in 93 of 100 BoolQ prompts of eight segments or more at 36 % of the
-    oracle's calls, where the proxy alone has 75 (``benchmarks/screening/`` recomputes it).
+    On recorded outputs of closed models (``benchmarks/screening/``), agreement with the two strongest units verified, and
+    all measured where the models disagree, names the right one of eight or more BoolQ segments in 92 of 100 prompts at
+    38 % of the oracle's calls; the proxy alone has 72.
 
     Examples
     --------

@@ -1,0 +1,232 @@
+"""Stages of a run that explain the prompt: proxies are screened, and whoever may explains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._run import Run
+from .attribution import KernelSHAP, WeightedBanzhaf
+from .attribution.base import Attribution, Design
+from .attribution.calibrated import CalibratedAttribution, calibrate
+from .attribution.extending import nested_designs
+from .metering import Meter
+from .prompt import Query
+from .screening import Screening, agreement, plan_screen, screen
+from .value_function import Values
+
+__all__ = ["Explanation", "explain", "screen_proxies"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Attributions, and whose they are.
+
+    Attributes
+    ----------
+    attribution : Attribution
+    role : {"proxy", "target"}
+    model : str
+    why : str
+        Why this model explains.
+    query_ids : tuple of str
+    calibration : CalibratedAttribution or None
+        How proxies that were not accepted made the target's own attributions more precise; ``None`` when they did not.
+    design : Design or None
+    utility : float (n_coalitions, n_queries) or None
+        What the attributions were fitted on.
+    """
+
+    attribution: Attribution
+    role: str
+    model: str
+    why: str
+    query_ids: tuple[str, ...]
+    calibration: CalibratedAttribution | None = None
+    design: Design | None = field(default=None, repr=False)
+    utility: NDArray[np.float64] | None = field(default=None, repr=False)
+
+
+def screen_proxies(run: Run) -> Screening | None:
+    if not run.proxies:
+        return None
+    s, n = run.settings, run.prompt.n_units
+    design = _screening_design(run)
+    if design.n_coalitions == 2**n:
+        # With so few units every coalition is in the design; nothing is left to judge on.
+        run.notes.append(
+            f"With {n} demonstrations every coalition can be asked; no proxy is needed or screened."
+        )
+        return None
+    n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
+    taken = (
+        run.wide if run.wide is not None and run.wide.n_coalitions + n_judge <= 2 ** min(n, 30) else design
+    )
+    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=taken.coalitions)
+    names = ", ".join(run.proxies)
+    run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
+    plan_ahead = plan_screen(
+        len(run.splits["explain"]),
+        len(run.proxies),
+        method=s.screening_method,
+        on=s.screening_on,
+        tau=s.screening_tau,
+        delta=s.screening_delta,
+        max_pairs=s.max_pairs,
+        n_judge=n_judge,
+    )
+    run.watch.note(plan_ahead.text)
+
+    def ask(meter: Meter) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
+        return lambda queries, rows: run.evaluate(meter, queries, "screen", rows)
+
+    screening = screen(
+        ask(run.target),
+        {name: ask(meter) for name, meter in run.proxies.items()},
+        run.splits["explain"],
+        explainer=run.explainer,
+        design=design,
+        judge_coalitions=judges,
+        rng=run.rng(3),
+        method=s.screening_method,
+        on=s.screening_on,
+        tau=s.screening_tau,
+        delta=s.screening_delta,
+        max_pairs=s.max_pairs,
+        block=s.screening_block,
+    )
+    for proxy in screening.proxies:
+        run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
+    return screening
+
+
+def _screening_design(run: Run) -> Design:
+    """Coalitions to fit on; ``run.wide`` has more of them, for proxies only, and begins with the same rows."""
+    s, n = run.settings, run.prompt.n_units
+    if not s.calibrate or not isinstance(run.explainer, KernelSHAP | WeightedBanzhaf):
+        return run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    few, many = s.n_fit(n), max(s.n_fit(n), s.n_proxy(n))
+    design, wide = nested_designs(run.explainer, n, (few, many), rng=run.rng(1))
+    run.wide = wide if wide.n_coalitions > design.n_coalitions else None
+    return design
+
+
+def explain(run: Run, screening: Screening | None) -> Explanation:
+    if screening is not None and screening.accepted:
+        explanation = _by_proxy(run, screening.accepted[0])
+        if explanation is not None:
+            return explanation
+    return _by_target(run, screening)
+
+
+def _by_proxy(run: Run, name: str) -> Explanation | None:
+    """Proxy attributions on the queries that pass the instance-level screen [PE 3.1]."""
+    s, n, queries = run.settings, run.prompt.n_units, run.splits["explain"]
+    run.watch.stage("attribute", f"{name} explains: importance of every demonstration")
+    full = np.ones((1, n), dtype=np.bool_)
+    same = agreement(
+        run.evaluate(run.target, queries, "attribute", full),
+        run.evaluate(run.proxies[name], queries, "attribute", full),
+    )[0]
+    agreed = [q for q, yes in zip(queries, same, strict=True) if yes]
+    if len(agreed) < 2:
+        run.notes.append(
+            f"{name} was accepted but agrees with the target on {len(agreed)} queries; the target explains."
+        )
+        return None
+    design = run.explainer.design(n, s.n_proxy(n), rng=run.rng(4))
+    values = run.evaluate(run.proxies[name], agreed, "attribute", design.coalitions)
+    values.require_complete(f"attribution by {name}")
+    return Explanation(
+        attribution=run.explainer.fit(design, values.utility),
+        role="proxy",
+        model=name,
+        why=(
+            f"The screen accepted {name}. It explains the {len(agreed)} of {len(queries)} queries on which it"
+            " predicts the same as the target; the target confirms and certifies."
+        ),
+        query_ids=tuple(q.id for q in agreed),
+        design=design,
+        utility=values.utility,
+    )
+
+
+def _by_target(run: Run, screening: Screening | None) -> Explanation:
+    """Oracle attributions; the coalitions are those of screening, so its target calls are used again."""
+    s, n = run.settings, run.prompt.n_units
+    name = run.target.backend.name
+    bought = list(screening.queries_bought) if screening is not None else []
+    queries = _oracle_queries(run.splits["explain"], bought, s.oracle_queries)
+    run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
+    design = (
+        screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
+    )
+    values = run.evaluate(run.target, queries, "attribute", design.coalitions)
+    values.require_complete(f"attribution by {name}")
+    attribution, calibration = run.explainer.fit(design, values.utility), None
+    if screening is None:
+        why = "No proxy model was screened; the target explains itself."
+    else:
+        what = ", ".join(f"{p.name} {p.decision}" for p in screening.proxies)
+        why = (
+            f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
+            " screen are used again."
+        )
+        calibration = _calibrate(run, queries, design, values.utility)
+        if calibration is not None:
+            attribution = calibration.attribution
+            why += (
+                f" What it says of {design.n_coalitions} coalitions is completed by {', '.join(run.proxies)} on"
+                f" {calibration.n_proxy}: they explain {calibration.rho2:.0%} of the error from sampling coalitions, worth"
+                f" {calibration.multiplier:.2f} times as many target calls."
+            )
+    return Explanation(
+        attribution=attribution,
+        calibration=calibration,
+        role="target",
+        model=name,
+        why=why,
+        query_ids=tuple(q.id for q in queries),
+        design=design,
+        utility=values.utility,
+    )
+
+
+def _calibrate(
+    run: Run, queries: Sequence[Query], design: Design, utility: NDArray[np.float64]
+) -> CalibratedAttribution | None:
+    """Target attributions with the proxies' help; ``None`` when they are of none, or cannot say."""
+    if run.wide is None or not run.proxies or design.exact:
+        return None
+    values = [
+        run.evaluate(meter, queries, "attribute", run.wide.coalitions) for meter in run.proxies.values()
+    ]
+    if any(np.isnan(v.utility).any() for v in values):
+        run.notes.append(
+            "A proxy's answers were incomplete; the target's attributions were not calibrated with them."
+        )
+        return None
+    found = calibrate(
+        run.explainer,
+        run.wide,
+        np.stack([v.utility for v in values]),
+        np.arange(design.n_coalitions),
+        utility,
+        rng=run.rng(20),
+        measured_design=design,
+    )
+    if not found.lam.any():
+        run.notes.append(
+            f"{', '.join(run.proxies)} would not have made the target's attributions more precise; they are its own."
+        )
+        return None
+    return found
+
+
+def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
+    n = wanted if wanted is not None else max(len(bought), 30)
+    first = [q for q in queries if q.id in set(bought)]
+    return [*first, *(q for q in queries if q.id not in set(bought))][: max(n, 1)]
