@@ -43,6 +43,8 @@ def test_the_regression_on_drawn_coalitions_is_scikit_learns(peer) -> None:
     design = explainer.design(9, 80, rng=np.random.default_rng(0))
     ours = explainer.fit(design, game(design.coalitions))
     used = design.weights > 0
-    theirs = linear_model.LinearRegression().fit(design.coalitions[used], game(design.coalitions[used]))
+    theirs = linear_model.LinearRegression().fit(
+        design.coalitions[used], game(design.coalitions[used]), sample_weight=design.weights[used]
+    )
     np.testing.assert_allclose(ours.values, theirs.coef_, atol=1e-10)
     np.testing.assert_allclose(ours.intercept, theirs.intercept_, atol=1e-10)

@@ -53,7 +53,7 @@ def test_faithful_shapley_interactions_are_those_of_shapiq(game, peer) -> None:
 
 def test_faithful_banzhaf_interactions_are_those_of_shapiq(game, peer) -> None:
     shapiq = peer("shapiq")
-    found = ours(game, "faith-banzhaf")
+    found = ours(game, "faith-banzhaf", 0.5)
     for query in range(game.n_queries):
         constant, singles, pairs = theirs(shapiq, game, query, "FBII")
         np.testing.assert_allclose(found.values[query], pairs, atol=1e-8)

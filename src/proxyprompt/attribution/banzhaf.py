@@ -44,6 +44,7 @@ class Banzhaf(WeightedBanzhaf):
 
     Examples
     --------
+    >>> import numpy as np
     >>> from proxyprompt.testing import GloveGame
     >>> result = Banzhaf().attribute(GloveGame(2), 3, budget=8, rng=np.random.default_rng(0))
     >>> result.exact, result.mean.round(6).tolist()
