@@ -1,6 +1,6 @@
 """Mean squared error of the Shapley values against the budget, beside shap, shapiq and captum.
 
-    python benchmarks/attribution/variance.py [--games NAME ...] [--repetitions 20]
+    python benchmarks/attribution/variance.py [--games NAME ...] [--repetitions 20] [--ours]
 
 Every estimator gets the same number of model evaluations, counted in the game itself: a row that an estimator asks
 for twice costs it twice. Peers explain one query at a time; ours all queries of a game together, as in a
@@ -46,10 +46,12 @@ def budgets(name: str, n_units: int) -> tuple[int, ...]:
     return BUDGETS[n_units] + MORE.get(name, ())
 
 
-def measure(name: str, repetitions: int) -> dict[str, Any]:
+def measure(name: str, repetitions: int, *, only_ours: bool = False) -> dict[str, Any]:
     """Squared errors, (estimator, budget) -> one mean over units and queries per repetition."""
     n, family = families()[name]
     everyone = {w: e for w, e in {**OURS, **peers()}.items() if w not in SLOW or name in SLOW_GAMES}
+    if only_ours:
+        everyone = dict(OURS)
     games = [family(r) for r in range(repetitions)]
     scale = float(np.mean([np.mean(g.shapley_values**2) for g in games]))
     cells: dict[str, dict[str, Any]] = {}
@@ -204,6 +206,9 @@ def main() -> None:
     parser.add_argument(
         "--render", action="store_true", help="measure nothing; write the page and the plot again"
     )
+    parser.add_argument(
+        "--ours", action="store_true", help="measure ours again; keep the peers' stored errors"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # peers warn about each other's versions
     target = RESULTS / "variance.json"
@@ -211,7 +216,10 @@ def main() -> None:
     body: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {"games": {}}
     for name in [] if options.render else (options.games or list(families())):
         begun = time.perf_counter()
-        body["games"][name] = measure(name, options.repetitions)
+        found = measure(name, options.repetitions, only_ours=options.ours)
+        if options.ours:
+            found["cells"] = {**body["games"][name]["cells"], **found["cells"]}
+        body["games"][name] = found
         body["games"] = {k: body["games"][k] for k in families() if k in body["games"]}
         installed = [p for p in ("shap", "shapiq", "captum", "lightgbm") if p not in missing_packages()]
         body |= {

@@ -17,8 +17,8 @@ __all__ = ["CubeRegression", "choose_kernel"]
 _PRIOR = 4.0  # standard deviation of the logarithms of variances and slopes
 _LIMITS, _EFFECTS = (-20.0, 6.0), (-10.0, 25.0)
 _WORK = 2.5e9  # multiplications that one search for parameters may cost, roughly
-_FEWEST, _MOST = 8, 60  # evaluations of the likelihood in one search
-_SPREADS = (0.5, 1.0)  # standard deviations of the logarithms of the relevances
+_FEWEST, _MOST = 6, 60  # evaluations of the likelihood in one search
+_HANDICAP = 3.0  # nats by which the search on one of each pair must be better
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,37 +76,66 @@ class CubeRegression:
         return answer
 
 
-def choose_kernel(rows: BoolArray, values: FloatArray) -> CubeKernel:
-    """Parameters of greatest restricted likelihood under a weak prior.
+def choose_kernel(
+    rows: BoolArray, values: FloatArray, judged: BoolArray, judged_values: FloatArray
+) -> CubeKernel:
+    """Parameters of greatest restricted likelihood under a weak prior, the best of three by left-out loss.
 
     Parameters
     ----------
     rows : ndarray of bool, shape (n_coalitions, n_units)
+        Searched on.
     values : ndarray of float64, shape (n_coalitions, n_queries)
         Each query scaled so that what is not additive has mean square one.
+    judged, judged_values
+        The same for the rows that the three are compared on.
     """
     m, n = rows.shape
     rounds = int(np.clip(_WORK / (m**2 * (3 * m + 6 * n + 60)), _FEWEST, _MOST))
     kernel = CubeKernel.start(n)
     if rounds == _FEWEST:  # large: one search, from where it starts
         return _search(kernel, rows, values, 1.0, rounds)
-    found = []
-    for spread in _SPREADS:  # the second search begins where the first ended
-        kernel = _search(kernel, rows, values, spread, rounds)
-        found.append((_left_out_loss(CubeRegression.make(kernel, rows), values), kernel))
+    smooth = _search(kernel, rows, values, 0.5, rounds, free=True)
+    found = [(_left_out_loss(smooth, judged, judged_values), smooth)]
+    kernel = _search(smooth, rows, values, 1.0, rounds)
+    found.append((_left_out_loss(kernel, judged, judged_values), kernel))
+    if complement_pairs(rows):
+        some = np.isin(np.arange(m) % 4, (0, 3))  # one of each pair, by turns
+        some[[0, 1]] = True
+        kernel = _search(CubeKernel.start(n), rows[some], values[some], 1.0, rounds)
+        found.append((_left_out_loss(kernel, judged, judged_values) + _HANDICAP, kernel))
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _left_out_loss(regression: CubeRegression, values: FloatArray) -> float:
-    """Minus the mean log predictive density of each value given the others, closed form."""
-    projection = regression.projection()
-    precision = np.diag(projection)
-    gaps = (projection @ values) / precision[:, None]
-    return float(0.5 * ((gaps**2 * precision[:, None]).mean() - np.log(precision).mean()))
+def complement_pairs(rows: BoolArray) -> bool:
+    """Whether rows ``2k`` and ``2k + 1`` are complements."""
+    return len(rows) % 2 == 0 and bool((rows[0::2] == ~rows[1::2]).all())
 
 
-def _search(begin: CubeKernel, rows: BoolArray, values: FloatArray, spread: float, rounds: int) -> CubeKernel:
-    """Maximum a posteriori parameters, as far as ``rounds`` evaluations get."""
+def _left_out_loss(kernel: CubeKernel, rows: BoolArray, values: FloatArray) -> float:
+    """Minus the log predictive density of what is left out given the rest, mean over queries, closed form.
+
+    Left out are complement pairs, of which the half difference is predicted, all that Shapley values depend on in a
+    paired design; or single rows where the rows do not come in pairs.
+    """
+    projection = CubeRegression.make(kernel, rows).projection()
+    gaps = projection @ values
+    if not complement_pairs(rows):
+        variance = 1 / np.diag(projection)
+        errors = variance[:, None] * gaps
+    else:
+        pairs = np.arange(2, len(rows)).reshape(-1, 2)
+        blocks = np.linalg.pinv(projection[pairs[:, :, None], pairs[:, None, :]], rcond=1e-12, hermitian=True)
+        half = blocks[:, 0] - blocks[:, 1]  # of a unit difference
+        variance = np.maximum((half[:, 0] - half[:, 1]) / 4, 1e-12)
+        errors = np.einsum("pd,pdq->pq", half, gaps[pairs]) / 2
+    return float(0.5 * ((errors**2).mean(axis=1) / variance + np.log(variance)).sum())
+
+
+def _search(
+    begin: CubeKernel, rows: BoolArray, values: FloatArray, spread: float, rounds: int, *, free: bool = False
+) -> CubeKernel:
+    """Parameters of greatest posterior density, as far as ``rounds`` evaluations get; ``free``: effects not shrunk."""
     m, n_queries = values.shape
     n = begin.n_units
     centre = CubeKernel.start(n).log_parameters
@@ -131,12 +160,16 @@ def _search(begin: CubeKernel, rows: BoolArray, values: FloatArray, spread: floa
             0.5 * kernel.gradient(rows, outer) + tightness * away,
         )
 
+    effects = len(centre) - n - 1
+    bounds = [_LIMITS] * effects + [(_EFFECTS[1], _EFFECTS[1]) if free else _EFFECTS] + [_LIMITS] * n
+    first = begin.log_parameters.copy()
+    first[effects] = _EFFECTS[1] if free else centre[effects]
     found = minimize(
         loss,
-        begin.log_parameters,
+        first,
         jac=True,
         method="L-BFGS-B",
-        bounds=[_LIMITS] * (len(centre) - n - 1) + [_EFFECTS] + [_LIMITS] * n,
+        bounds=bounds,
         options={"maxfun": rounds, "ftol": 1e-6},
     )
     return CubeKernel(found.x)

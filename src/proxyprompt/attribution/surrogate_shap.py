@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from proxyprompt.coalitions import BoolArray, FloatArray, outside_in_coalitions, row_keys
 from proxyprompt.errors import InputError
@@ -21,6 +21,7 @@ _LARGEST = 4096
 _REDRAWS = 100
 _SINGULAR = 1e-10
 _TUNING_ROWS = 200
+_JUDGED_ROWS = 600
 _TUNING_QUERIES = 64
 
 
@@ -40,11 +41,13 @@ class SurrogateSHAP(Explainer):
     covariance of the process is a sum of parts that are smooth in every unit, take several units together, take
     any of several units, are of order two and three, or have no structure at all; every unit has its own
     relevance. The additive effects have a free mean and a variance around it. All these parameters maximize the
-    restricted likelihood of all queries together under a weak prior, at two strengths of the prior on the
-    relevances, of which the one that predicts left-out values better is kept. The posterior mean passes through
-    every value, and its Shapley values are known in closed form, so the answer is one matrix times the values,
-    factored once for all queries. This is Bayesian quadrature [1]_ of the Shapley value. It is exact when all queries
-    are additive, and on games of order two and three once the coalitions determine them.
+    restricted likelihood of all queries together under a weak prior: at two strengths of the prior on the
+    relevances, and on one coalition of each complement pair only, because in a game where complements say the same
+    twice their agreement looks like the absence of noise. Of the three, the one that predicts left-out pairs
+    best is kept. The posterior mean passes through every value, and its Shapley values are known in closed form,
+    so the answer is one matrix times the values, factored once for all queries. This is Bayesian quadrature [1]_
+    of the Shapley value. It is exact when all queries are additive, and on games of order two and three once the
+    coalitions determine them.
 
     Why: KernelSHAP treats all that is not additive as noise. Estimators that subtract a surrogate first
     ([2]_) are left with the part that it does not predict. Here no sampling is left at all, since
@@ -66,9 +69,9 @@ class SurrogateSHAP(Explainer):
     ``benchmarks/attribution/results/variance.md``.
 
     **Departures.** Parameters are chosen on at most 200 coalitions (2.4 a unit if that is more) and 64 queries,
-    evenly spaced. A value that is missing is replaced, for this choice only, by an additive fit of its query; the
-    estimate itself leaves it out, exactly as if the query had been regressed on its other coalitions. Where the
-    likelihood is costly (about 100 units) the relevances' prior has one strength.
+    evenly spaced, and compared on at most 600. A value that is missing is replaced, for this choice only, by an
+    additive fit of its query; the estimate itself leaves it out, exactly as if the query had been regressed on its
+    other coalitions. Where the likelihood is costly (about 100 units) a single search is made, of few steps.
 
     References
     ----------
@@ -223,24 +226,32 @@ class SurrogateSHAP(Explainer):
 
 def _tuned_kernel(rows: BoolArray, values: FloatArray) -> CubeKernel:
     """The kernel that suits an evenly spaced part of the values; scales of the queries do not matter."""
-    pairs, wanted = len(rows) // 2, max(_TUNING_ROWS, int(2.4 * rows.shape[1])) // 2
-    some = np.unique(np.linspace(0, pairs - 1, min(pairs, wanted)).astype(int))
-    part = np.sort(np.r_[2 * some, 2 * some + 1])
     basis = np.column_stack([np.ones(len(rows)), rows])
-    if len(rows) <= 2 * wanted or np.linalg.matrix_rank(basis[part]) < basis.shape[1]:
+    part = _spaced_pairs(len(rows), max(_TUNING_ROWS, int(2.4 * rows.shape[1])))
+    if np.linalg.matrix_rank(basis[part]) < basis.shape[1]:
         part = np.arange(len(rows))
     queries = np.unique(np.linspace(0, values.shape[1] - 1, _TUNING_QUERIES).astype(int))
-    basis, chosen = basis[part], values[np.ix_(part, queries)]
+    chosen = values[:, queries]
     for query in np.flatnonzero(np.isnan(chosen).any(axis=0)):
         seen = ~np.isnan(chosen[:, query])
         slopes = np.linalg.lstsq(basis[seen], chosen[seen, query], rcond=None)[0]
         chosen[~seen, query] = basis[~seen] @ slopes
-    left = chosen - basis @ np.linalg.lstsq(basis, chosen, rcond=None)[0]
-    size = np.sqrt((left**2).mean(axis=0))
-    curved = size > 1e-9 * np.abs(chosen).max(axis=0)
-    if not curved.any():
+    curved = chosen - basis @ np.linalg.lstsq(basis, chosen, rcond=None)[0]
+    size = np.sqrt((curved**2).mean(axis=0))
+    useful = size > 1e-9 * np.abs(chosen).max(axis=0)
+    if not useful.any():
         return CubeKernel.start(rows.shape[1]).additive()
-    return choose_kernel(rows[part], chosen[:, curved] / size[curved])
+    scaled = chosen[:, useful] / size[useful]
+    judged = _spaced_pairs(len(rows), _JUDGED_ROWS)
+    return choose_kernel(rows[part], scaled[part], rows[judged], scaled[judged])
+
+
+def _spaced_pairs(n_rows: int, wanted: int) -> NDArray[np.int64]:
+    """Indices of about ``wanted`` rows, evenly spaced, a row and its complement together."""
+    if n_rows <= wanted:
+        return np.arange(n_rows)
+    some = np.unique(np.linspace(0, n_rows // 2 - 1, wanted // 2).astype(np.int64))
+    return np.sort(np.concatenate([2 * some, 2 * some + 1]))
 
 
 def _filled(projection: FloatArray, values: FloatArray) -> FloatArray:
