@@ -96,6 +96,9 @@ class ScoreResult:
         Why the whole call has no answer; the values are then all ``None`` (missing, never zero).
     model_returned : str or None
         The model's name as the server reports it.
+    uncertain : int
+        Of the calls announced for this request, those that brought no answer and may have been billed all the
+        same (a time limit that ran out after sending, an answer that broke off); ``usage`` is the sum over the others.
     """
 
     logprobs: tuple[float | None, ...]
@@ -103,6 +106,7 @@ class ScoreResult:
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
     model_returned: str | None = None
+    uncertain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """Answer to a :class:`GenerateRequest`; ``text`` is ``None`` when ``error`` says why."""
+    """Answer to a :class:`GenerateRequest`; ``text`` is ``None`` when ``error`` says why.
+
+    ``uncertain`` is that of :class:`ScoreResult`.
+    """
 
     text: str | None
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
     model_returned: str | None = None
+    uncertain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +146,17 @@ class Plan:
 
 
 OnSend: TypeAlias = Callable[[Sequence[int]], None]
-"""Called with the batch indices of requests immediately before they leave (or are computed)."""
+"""Called with the batch indices of requests immediately before they leave (or are computed).
+
+May be called from any thread. When it returns, the ledger knows durably that these calls are made and their money is
+set aside; when it raises, for example because a limit would be passed, they must not be sent. Calls of several threads
+share one write to the disk, so a backend that keeps many requests in flight should announce the next ones while others
+are on the wire.
+
+An index is announced again before every further call for the same request that costs money: a retry after an attempt
+that may have been billed (see ``uncertain`` in the results), or one more sample. Each announcement counts as one call.
+A retry after an attempt that certainly cost nothing (refused with status 429, never connected) is not announced.
+"""
 
 OnTokens: TypeAlias = Callable[[int], None]
 """Called with the number of tokens computed since the last call; drives progress bars."""
@@ -195,6 +213,15 @@ class Generator(Backend, Protocol):
         on_tokens: OnTokens | None = None,
     ) -> Iterator[Sequence[tuple[int, GenerateResult]]]:
         """Yield blocks of ``(index into requests, result)``, each index exactly once, in any order."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A backend that knows how many completion tokens one call may cost at most; money is set aside by that."""
+
+    def most_completion_tokens(self, request: ScoreRequest | GenerateRequest) -> int:
+        """Upper bound for each announced call: the ``max_tokens`` that is sent, reasoning tokens included."""
         ...
 
 
