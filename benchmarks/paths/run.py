@@ -33,7 +33,7 @@ from proxyprompt import Ledger, build_artifact, load_config, optimize_prompt, wr
 HERE = Path(__file__).parent
 MODELS = ("embedded:gemma-3-270m", "embedded:smollm2-135m")
 N, WRONG = 12, 3
-SIZES = {"explain": 20, "select": 32, "sealed": 80}
+SIZES = {"explain": 16, "select": 32, "sealed": 80}
 SETS: dict[str, dict[str, Any]] = {
     "sst2": {"instruction": "Is the opinion about the film negative or positive?", "longest": 70},
     "trec": {"instruction": "What kind of answer does the question ask for?", "longest": 60},
@@ -120,9 +120,10 @@ def write_case(name: str, data: Path, folder: Path, target: int) -> list[str]:
         "queries": {split: f"{split}.jsonl" for split in SIZES},
         "task": task,
         "target": {"model": MODELS[target]},
-        "screening": {"fit_coalitions": 44, "judge_coalitions": 12},
-        "attribution": {"proxy_coalitions": 60, "oracle_queries": SIZES["explain"]},
-        "compress": {"max_evaluations": 8},
+        "screening": {"fit_coalitions": 40, "judge_coalitions": 10},
+        "attribution": {"proxy_coalitions": 56, "oracle_queries": SIZES["explain"]},
+        "clean": {"max_suspects": 6},
+        "compress": {"max_evaluations": 6},
         "price": PRICE,
         "caching": CACHING,
         "report": {"text": "all"},

@@ -19,6 +19,7 @@ __all__ = ["Surrogate", "additive_surrogate", "choose_surrogate"]
 _FOLDS = 8
 _MAX_UNITS = 64
 _FEWEST = 24
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def choose_surrogate(
         return additive_surrogate(
             attribution, f"pairs cannot be told from the coalitions of {attribution.method} ({error})"
         )
-    if errors is not None and errors[1] >= errors[0]:
+    if errors is not None and errors[1] >= errors[0] - _TINY:
         found = additive_surrogate(
             attribution,
             "pairs do not predict coalitions that were left out better than single demonstrations do"
