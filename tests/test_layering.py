@@ -13,7 +13,7 @@ LEVEL = {
     "coalitions": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4,
     "agreement": 4, "_sequential_rules": 4, "sequential": 5, "testing": 4, "backends": 5, "prompt": 6,
     "units": 7, "embedding": 6, "money": 6, "savings": 7, "task": 7, "data": 8, "_ledger_file": 8,
-    "_request_keys": 8, "ledger": 9, "metering": 10, "value_function": 11, "_screening_pairs": 12,
+    "_request_keys": 8, "ledger": 9, "_journal": 9.5, "metering": 10, "value_function": 11, "_screening_pairs": 12,
     "_screening_result": 12, "screening": 13, "explanation": 12, "optimize": 13, "settings": 13,
     "_query_use": 10, "_run": 14, "_explaining": 15, "_shrinking": 15, "_shrinking_summary": 17, "models": 14, "config": 15,
     "pipeline": 16, "artifact": 17, "explains": 18, "summary": 18, "report": 5, "outputs": 19,

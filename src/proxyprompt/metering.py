@@ -6,6 +6,7 @@ interrupts a batch, everything answered so far is kept and the same batch asked 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import operator
@@ -17,11 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, SupportsIndex, TypeAlias, TypeVar
 
+from ._journal import LedgerJournal, MemoryJournal, identity_hash
 from .backends.base import (
     Backend,
     GenerateRequest,
     GenerateResult,
     Generator,
+    Journal,
     OnTokens,
     Planner,
     Rendered,
@@ -29,6 +32,7 @@ from .backends.base import (
     ScoreRequest,
     ScoreResult,
     Usage,
+    keeps_journal,
     masks_units,
 )
 from .errors import BackendError, InputError, LedgerCorruptError, LedgerError
@@ -88,25 +92,41 @@ def _encode_score(request: ScoreRequest, result: ScoreResult) -> str:
         else:
             # JSON has no infinity; a probability that underflows to zero is a legitimate answer.
             values.append(float(value) if value > -math.inf else "-inf")
-    body = {"logprobs": values, "censored": [bool(mark) for mark in result.censored]}
+    body: dict[str, Any] = {"logprobs": values, "censored": [bool(mark) for mark in result.censored]}
+    if result.evidence != "logprobs":
+        body |= {"evidence": result.evidence, "samples": result.samples}
+    if result.fingerprint is not None:
+        body["fingerprint"] = result.fingerprint
     return json.dumps(body, allow_nan=False, separators=(",", ":"))
 
 
 def _decode_score(body: str, usage: Usage, model: str | None) -> ScoreResult:
     data = json.loads(body)
     values = tuple(-math.inf if value == "-inf" else value for value in data["logprobs"])
-    return ScoreResult(values, tuple(data["censored"]), usage, None, model)
+    return ScoreResult(
+        values,
+        tuple(data["censored"]),
+        usage,
+        model_returned=model,
+        evidence=data.get("evidence", "logprobs"),
+        samples=data.get("samples", 0),
+        fingerprint=data.get("fingerprint"),
+    )
 
 
 def _encode_text(request: GenerateRequest, result: GenerateResult) -> str:
     if result.text is not None and not isinstance(result.text, str):
         raise ValueError(f"a text of type {type(result.text).__name__}")
     # ASCII escapes would join two lone surrogates into one character on the way back.
-    return json.dumps({"text": result.text}, ensure_ascii=False, separators=(",", ":"))
+    body = {"text": result.text}
+    if result.fingerprint is not None:
+        body["fingerprint"] = result.fingerprint
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
 
 
 def _decode_text(body: str, usage: Usage, model: str | None) -> GenerateResult:
-    return GenerateResult(json.loads(body)["text"], usage, None, model)
+    data = json.loads(body)
+    return GenerateResult(data["text"], usage, model_returned=model, fingerprint=data.get("fingerprint"))
 
 
 @dataclass(frozen=True)
@@ -375,6 +395,8 @@ class Meter:
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in results}
         if missing:
             names, wanted = list(missing), list(missing.values())
+            if keeps_journal(self.backend):
+                call = functools.partial(call, journal=self._journal(names))
             ids = self._reserve(names, wanted, stage)
             # Proxies' prompts are rendered again at no cost; those of a target show what was paid for.
             document = maker.document if self.role == "target" else None
@@ -445,6 +467,16 @@ class Meter:
             completion += row.usage.completion_tokens
         self._count(stage, prompt_tokens_reused=prompt, completion_tokens_reused=completion)
         return results
+
+    def _journal(self, keys: list[str]) -> Journal:
+        """The backend's journal; what an earlier process left under way is taken over, not paid for twice."""
+        if self.ledger is None:
+            return MemoryJournal(keys)
+        journal = LedgerJournal(
+            self.ledger, f"{self.backend.name}@{identity_hash(self.backend.identity)}", keys
+        )
+        journal.take_over(self.backend.under_way(journal))  # type: ignore[attr-defined]
+        return journal
 
     def _reserve(self, keys: list[str], requests: Sequence[Q], stage: str) -> list[int]:
         if self.ledger is None:

@@ -6,6 +6,7 @@ that could not be had is NaN together with its reason, never zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -44,8 +45,9 @@ class Values:
     coalitions : bool (m, n_units)
     utility : float (m, q)
         Quality of the output; higher is better. Nats of log-probability of the reference, normalised over
-        the allowed labels (``scale="log-probability"``), or 1/0 for right/wrong (``scale="accuracy"``, for a
-        model that only answers), or the score of a generated text (``scale="score"``). NaN: missing.
+        the allowed labels (``scale="log-probability"``), or the share of its texts that are right
+        (``scale="accuracy"``, for a model that only answers; 1 or 0 where it was asked once), or the score of a
+        generated text (``scale="score"``). NaN: missing.
     performance : float (m, q)
         Right (1) or wrong (0) for labels, the score for text: what a certificate is about. NaN: missing.
     predictions : int (m, q)
@@ -285,6 +287,7 @@ def _label_values(
     tokens = np.zeros(shape, dtype=np.int64)
     missing: list[tuple[int, int, str]] = []
     label_only = False
+    shares: dict[int, dict[int, float]] = {}
     for k, result in enumerate(results):
         i, j = divmod(k, n_queries)
         tokens[i, j] = result.usage.prompt_tokens
@@ -292,12 +295,15 @@ def _label_values(
         if result.error is not None or not known:
             missing.append((i, j, result.error or "no log-probability of any label"))
             continue
-        if len(known) == n_labels[j] and result.censored and all(result.censored):
+        sampled = result.evidence == "texts"
+        if not sampled and len(known) == n_labels[j] and result.censored and all(result.censored):
             # Upper bounds alone name no winner: the model began with something that is no label.
             missing.append((i, j, "no label among the listed log-probabilities"))
             continue
         predictions[i, j] = max(known, key=lambda pair: (pair[0], -pair[1]))[1]
-        label_only = label_only or len(known) < n_labels[j]
+        label_only = label_only or sampled or len(known) < n_labels[j]
+        if sampled:
+            shares[k] = {c: math.exp(value) for value, c in known}
         for value, c in known:
             logprobs[i, j, c] = value
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -305,10 +311,14 @@ def _label_values(
         normalised = logprobs - (top + np.log(np.nansum(np.exp(logprobs - top), axis=2, keepdims=True)))
     right = np.where(predictions < 0, np.nan, (predictions == np.asarray(reference)[None, :]).astype(float))
     if label_only:
-        utility = right.copy()
         probabilities = np.where(
             predictions[:, :, None] < 0, np.nan, (predictions[:, :, None] == np.arange(width)).astype(float)
         )
+        for k, share in shares.items():
+            i, j = divmod(k, n_queries)
+            probabilities[i, j] = [share.get(c, 0.0) for c in range(width)]
+        # The share of right texts is an unbiased value; the logarithm of a share is not, nor is it finite.
+        utility = np.take_along_axis(probabilities, np.asarray(reference)[None, :, None], axis=2)[:, :, 0]
     else:
         utility = np.take_along_axis(normalised, np.asarray(reference)[None, :, None], axis=2)[:, :, 0]
         own = np.arange(width)[None, None, :] < np.asarray(n_labels)[None, :, None]

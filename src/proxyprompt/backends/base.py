@@ -35,12 +35,25 @@ class Usage:
     """Tokens of one call as the model's own tokenizer or the provider counts them.
 
     ``prompt_tokens`` counts the whole prompt, whether or not an engine shared its prefix; ``cached_tokens``
-    is the part that a provider bills as cached input.
+    is the part that a provider bills as cached input, ``cache_write_tokens`` the part it bills for keeping.
+    ``reasoning_tokens`` is the part of ``completion_tokens`` that is not shown. Where one answer took several
+    calls, all of them are counted.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.cache_write_tokens + other.cache_write_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,15 @@ class ScoreRequest:
     mask: UnitMask | None = None
 
 
+Evidence: TypeAlias = Literal["logprobs", "decisions", "texts"]
+"""How the values of a :class:`ScoreResult` were got.
+
+``"logprobs"``: log-probabilities of tokens. ``"decisions"``: probabilities that a provider's decisions endpoint
+states, as fine as it rounds them. ``"texts"``: the model was asked for text, ``samples`` times, and the labels in
+the texts were counted.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
     """Answer to a :class:`ScoreRequest`.
@@ -99,6 +121,14 @@ class ScoreResult:
     uncertain : int
         Of the calls announced for this request, those that brought no answer and may have been billed all the
         same (a time limit that ran out after sending, an answer that broke off); ``usage`` is the sum over the others.
+    evidence : {"logprobs", "decisions", "texts"}
+        How the values were got; values of different evidence are not comparable. With ``"texts"`` a label that was
+        seen has the logarithm of its share of the samples, one that was not seen has ``None``, and all are
+        ``censored``: a share is no log-probability.
+    samples : int
+        Number of texts with a label that the values rest on; 0 without ``"texts"``.
+    fingerprint : str or None
+        What the server calls its configuration (``system_fingerprint``).
     """
 
     logprobs: tuple[float | None, ...]
@@ -107,6 +137,9 @@ class ScoreResult:
     error: str | None = None
     model_returned: str | None = None
     uncertain: int = 0
+    evidence: Evidence = "logprobs"
+    samples: int = 0
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +155,7 @@ class GenerateRequest:
 class GenerateResult:
     """Answer to a :class:`GenerateRequest`; ``text`` is ``None`` when ``error`` says why.
 
-    ``uncertain`` is that of :class:`ScoreResult`.
+    The other fields are those of :class:`ScoreResult`.
     """
 
     text: str | None
@@ -130,6 +163,7 @@ class GenerateResult:
     error: str | None = None
     model_returned: str | None = None
     uncertain: int = 0
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +213,34 @@ class Backend(Protocol):
         Must be known without loading weights, so that a fully recorded run loads none.
         """
         ...
+
+
+class Journal(Protocol):
+    """Where a backend whose work outlives the process writes down what is under way.
+
+    A backend that sets ``keeps_journal`` gets one as ``score(..., journal=)`` and ``generate(..., journal=)``, and
+    answers ``under_way(journal)``.
+
+    Attributes
+    ----------
+    keys : sequence of str
+        ``keys[i]`` names ``requests[i]`` of the batch, the same in every process: its key in the ledger.
+    """
+
+    keys: Sequence[str]
+
+    def read(self) -> Mapping[str, str]:
+        """All entries by name."""
+        ...
+
+    def write(self, name: str, entry: str | None) -> None:
+        """Make one entry durable, readable by its owner only, before returning; ``None`` removes it."""
+        ...
+
+
+def keeps_journal(backend: Backend) -> bool:
+    """Whether a backend's work outlives the process, so that it needs a :class:`Journal`."""
+    return bool(getattr(backend, "keeps_journal", False))
 
 
 def masks_units(backend: Backend) -> bool:

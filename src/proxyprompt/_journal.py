@@ -1,0 +1,87 @@
+"""What is under way at a provider, written down so that another process can go on with it.
+
+A table beside the calls, one row per entry: text that the backend wrote, private because the ledger is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ._request_keys import raw_key
+from .ledger import Ledger
+
+__all__ = ["LedgerJournal", "MemoryJournal", "identity_hash"]
+
+_TABLE = """CREATE TABLE IF NOT EXISTS journal (owner TEXT NOT NULL, name TEXT NOT NULL, entry TEXT NOT NULL,
+    written_at REAL NOT NULL, PRIMARY KEY (owner, name))"""
+_CONTINUED = "continued by a later process, which counts it"
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of a backend's identity."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class MemoryJournal:
+    """A :class:`~proxyprompt.backends.base.Journal` for one process: nothing can be resumed from it."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = keys
+        self._entries: dict[str, str] = {}
+
+    def read(self) -> Mapping[str, str]:
+        """All entries by name."""
+        return dict(self._entries)
+
+    def write(self, name: str, entry: str | None) -> None:
+        """Set or remove one entry."""
+        if entry is None:
+            self._entries.pop(name, None)
+        else:
+            self._entries[name] = entry
+
+
+class LedgerJournal:
+    """A :class:`~proxyprompt.backends.base.Journal` in the ledger's file.
+
+    Parameters
+    ----------
+    ledger : Ledger
+    owner : str
+        Whose entries these are: one model at one address.
+    keys : sequence of str
+        Ledger keys of the batch.
+    """
+
+    def __init__(self, ledger: Ledger, owner: str, keys: Sequence[str]) -> None:
+        self.keys = keys
+        self._ledger = ledger
+        self._owner = owner
+        with ledger.transaction() as connection:
+            connection.execute(_TABLE)
+
+    def read(self) -> Mapping[str, str]:
+        """All entries by name, oldest first."""
+        query = "SELECT name, entry FROM journal WHERE owner = ? ORDER BY written_at, name"
+        with self._ledger.transaction() as connection:
+            return dict(connection.execute(query, (self._owner,)).fetchall())
+
+    def write(self, name: str, entry: str | None) -> None:
+        """Make one entry durable, or remove it."""
+        with self._ledger.transaction() as connection:
+            if entry is None:
+                query = "DELETE FROM journal WHERE owner = ? AND name = ?"
+                connection.execute(query, (self._owner, name))
+            else:
+                query = "INSERT OR REPLACE INTO journal (owner, name, entry, written_at) VALUES (?, ?, ?, ?)"
+                connection.execute(query, (self._owner, name, entry, time.time()))
+
+    def take_over(self, indices: Sequence[int]) -> None:
+        """Close what earlier, dead processes sent of these requests: it is still under way, and counted anew here."""
+        query = "UPDATE attempt SET state = 'failed', error = ? WHERE key = ? AND state = 'unknown'"
+        with self._ledger.transaction() as connection:
+            connection.executemany(query, [(_CONTINUED, raw_key(self.keys[i])) for i in indices])
