@@ -7,13 +7,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test faults check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/proxyprompt demo --out $(OUT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests src --doctest-modules
+
+# The long run of the fault suite; its short run is part of make test.
+faults: $(VENV)/.dev
+	$(BIN)/python benchmarks/faults/run.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,6 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _connect = socket.socket.connect
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the fault suite; they must be known before its folder is collected."""
+    parser.addoption("--faults", choices=("short", "long"), default="short", help="how many faults to inject")
+    parser.addoption("--faults-tally", default="", metavar="FILE", help="write what was injected as JSON")
+
+
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse connections to anything but this machine."""

@@ -1,0 +1,52 @@
+"""How much to do, where to count it, and the process that forks the victims."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .harness import Workshop
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the long run (``--faults long``)."""
+    return bool(request.config.getoption("--faults") == "long")
+
+
+@pytest.fixture(scope="session")
+def tallies(request: pytest.FixtureRequest) -> Iterator[dict[str, Counter[str]]]:
+    """Counts by test, written as JSON to ``--faults-tally`` at the end."""
+    counts: dict[str, Counter[str]] = {}
+    yield counts
+    path = request.config.getoption("--faults-tally")
+    if path:
+        Path(path).write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture
+def tally(tallies: dict[str, Counter[str]], request: pytest.FixtureRequest) -> Counter[str]:
+    """What this test did and saw, for the published table."""
+    return tallies.setdefault(request.node.name, Counter())
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: a kill leaves the page cache whole, so a slow disk adds only time."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def shop() -> Iterator[Workshop]:
+    """One worker process for the whole run."""
+    workshop = Workshop()
+    yield workshop
+    workshop.close()

@@ -1,0 +1,156 @@
+"""Damage on disk: no flipped bit, lost page or old log ever turns into an answer that nobody gave."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from proxyprompt.errors import BackendError, LedgerError
+from proxyprompt.ledger import Ledger
+from proxyprompt.metering import Meter
+
+from .harness import Silent, Workshop, key_of, request_of, same
+
+LAST = 40
+
+
+@pytest.fixture
+def closed(shop: Workshop, memory: Path) -> Path:
+    """A folder with a finished ledger: everything in one file."""
+    assert shop.start(memory / "good" / "l.db", memory / "notes", 0, LAST).wait() == 0
+    return memory / "good"
+
+
+@pytest.fixture
+def abandoned(shop: Workshop, memory: Path) -> Path:
+    """A folder with a killed process's ledger: most of it in the log."""
+    child = shop.start(memory / "killed" / "l.db", memory / "notes", 0, LAST, when=1, only="unclosed")
+    assert child.wait() == -9
+    assert (memory / "killed" / "l.db-wal").stat().st_size > 50_000
+    return memory / "killed"
+
+
+def _read(path: Path) -> str:
+    """Ask for everything; returns what came of it. A wrong value fails the test."""
+    served = 0
+    try:
+        with warnings.catch_warnings(), Ledger(path, create=False) as ledger:
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for number in range(LAST):
+                meter = Meter(Silent(), ledger, role="proxy", run="check")  # type: ignore[arg-type]
+                try:
+                    [result] = meter.score([request_of(number)], stage="s")
+                except BackendError:
+                    continue  # not there: it would be bought anew
+                assert same(result, number), f"a wrong answer to {number} was served"
+                served += 1
+            intact = ledger.lookup([key_of(number) for number in range(LAST)])
+            assert len(intact) == served, "reading changed what is there"
+            ledger.totals()
+            ledger.runs()
+    except LedgerError as error:
+        return type(error).__name__ if str(path) in str(error) else f"an error without a path: {error}"
+    return "all served" if served == LAST else "the damaged rows asked anew"
+
+
+def _often(
+    folder: Path, damage: Callable[[Path, random.Random], None], times: int, tally: Counter[str]
+) -> None:
+    rng = random.Random(3)
+    for _ in range(times):
+        copy = folder.with_name("copy")
+        shutil.copytree(folder, copy)
+        damage(copy, rng)
+        outcome = _read(copy / "l.db")
+        assert "without a path" not in outcome
+        tally[outcome] += 1
+        tally["injected"] += 1
+        shutil.rmtree(copy)
+
+
+def _flip(name: str) -> Callable[[Path, random.Random], None]:
+    def flip(folder: Path, rng: random.Random) -> None:
+        data = bytearray((folder / name).read_bytes())
+        at = rng.randrange(len(data) * 8)
+        data[at // 8] ^= 1 << at % 8
+        (folder / name).write_bytes(data)
+
+    return flip
+
+
+def _zero_a_page(folder: Path, rng: random.Random) -> None:
+    with (folder / "l.db").open("r+b") as file:
+        pages = file.seek(0, 2) // 4096
+        file.seek(4096 * rng.randrange(pages))
+        file.write(bytes(4096))
+
+
+def _swap_pages(folder: Path, rng: random.Random) -> None:
+    data = (folder / "l.db").read_bytes()
+    pages = [data[k : k + 4096] for k in range(0, len(data), 4096)]
+    a, b = rng.sample(range(1, len(pages)), 2)
+    pages[a], pages[b] = pages[b], pages[a]
+    (folder / "l.db").write_bytes(b"".join(pages))
+
+
+def _truncate(folder: Path, rng: random.Random) -> None:
+    with (folder / "l.db").open("r+b") as file:
+        file.truncate(rng.randrange(file.seek(0, 2)))
+
+
+def _swap_answers(folder: Path, rng: random.Random) -> None:
+    """Two answers change places, hashes and all but their keys."""
+    one, other = (bytes.fromhex(key_of(number)) for number in rng.sample(range(LAST), 2))
+    columns = [
+        c for c in ("body", "prompt_tokens", "model_returned", "sha256", "created_at") if rng.random() < 0.9
+    ]
+    columns = columns or ["body"]
+    with sqlite3.connect(folder / "l.db") as connection:
+        query = f"SELECT {', '.join(columns)} FROM response WHERE key = ?"
+        rows = [connection.execute(query, (key,)).fetchone() for key in (one, other)]
+        for key, row in zip((other, one), rows, strict=True):
+            marks = ", ".join(f"{column} = ?" for column in columns)
+            connection.execute(f"UPDATE response SET {marks} WHERE key = ?", (*row, key))
+    connection.close()
+
+
+def test_one_bit_of_the_file(closed: Path, tally: Counter[str], long: bool) -> None:
+    _often(closed, _flip("l.db"), 4000 if long else 200, tally)
+    assert tally["the damaged rows asked anew"] > tally["injected"] / 10
+
+
+def test_one_bit_of_the_log(abandoned: Path, tally: Counter[str], long: bool) -> None:
+    _often(abandoned, _flip("l.db-wal"), 1200 if long else 60, tally)
+
+
+@pytest.mark.parametrize("damage", [_zero_a_page, _swap_pages, _truncate, _swap_answers])
+def test_whole_pages_and_rows(
+    closed: Path, damage: Callable[[Path, random.Random], None], tally: Counter[str], long: bool
+) -> None:
+    _often(closed, damage, 200 if long else 15, tally)
+    if damage is _swap_answers:
+        assert tally["all served"] == 0
+
+
+def test_a_log_that_is_gone_or_older(abandoned: Path, closed: Path, tally: Counter[str], long: bool) -> None:
+    other = _flip("l.db-wal")
+
+    def damage(folder: Path, rng: random.Random) -> None:
+        log = folder / "l.db-wal"
+        match rng.randrange(3):
+            case 0:
+                log.unlink()
+            case 1:
+                log.write_bytes(log.read_bytes()[: rng.randrange(log.stat().st_size)])
+            case _:  # the log of another file
+                shutil.copy(closed / "l.db", folder / "l.db")
+                other(folder, rng)
+
+    _often(abandoned, damage, 200 if long else 20, tally)

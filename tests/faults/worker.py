@@ -1,0 +1,215 @@
+"""Forks children that buy a batch through the meter and may be told where to die; run as a script.
+
+Reads one job per line from stdin and answers one line each. Everything is imported before the first fork, so a
+child starts in milliseconds and thousands of them can be killed in minutes. The shipped code holds no hooks:
+the child hands ``sqlite3.connect`` a connection class of its own and wraps a few functions of ``os``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxyprompt.backends.base import ScoreRequest, ScoreResult, Usage
+from proxyprompt.errors import ProxyPromptError
+from proxyprompt.ledger import Ledger, Limits
+from proxyprompt.metering import Meter
+
+IDENTITY = {"model": "fake"}
+FILLER = "The driver was late and nobody told me why. " * 40
+"""Makes a row about as long as a few-shot prompt (1.8 kB)."""
+
+_open, _write = os.open, os.write
+
+
+def request_of(number: int) -> ScoreRequest:
+    """The request that asks for ``number``."""
+    return ScoreRequest(f"{number} {FILLER}", ("a", "b"))
+
+
+def answer_to(number: int) -> ScoreResult:
+    """The one right answer to it."""
+    usage = Usage(400 + number % 13, 1, number % 5)
+    return ScoreResult((-(number + 1) / 7, -1e-3 * number), (False, number % 3 == 0), usage, None, "fake-1")
+
+
+class Notes:
+    """Lists that the child's death cannot undo (the page cache outlives it): the bill, and what was acknowledged."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        names = ("bill", "acknowledged", "points")
+        # Opened at once: a child may be short of descriptors later.
+        self._files = {name: _open(os.path.join(folder, name), flags, 0o666) for name in names}
+
+    def add(self, name: str, lines: Sequence[object]) -> None:
+        _write(self._files[name], "".join(f"{line}\n" for line in lines).encode())
+
+
+class Points:
+    """Counts the moments that a child passes; sends ``sign`` to itself at the ``when``-th (never if 0)."""
+
+    def __init__(self, notes: Notes, when: int, sign: int, only: str) -> None:
+        self.notes, self.when, self.sign, self.only = notes, when, sign, only
+        self.passed = 0
+
+    def pass_(self, name: str) -> None:
+        if self.only and not name.startswith(self.only):
+            return
+        self.passed += 1
+        if self.passed == self.when:
+            self.notes.add("points", [name])
+            os.kill(os.getpid(), self.sign)
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            self.pass_(f"before {name}")
+            result = function(*arguments, **options)
+            self.pass_(f"after {name}")
+            return result
+
+        return wrapped
+
+    def install(self) -> None:
+        """Watch every statement that writes, and what touches files besides SQLite."""
+        points = self
+
+        class Watched(sqlite3.Connection):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                if points.sign == signal.SIGKILL:  # an exception cannot leave a trace callback
+                    self.set_trace_callback(lambda sql: _writes(sql) and points.pass_(f"before {_head(sql)}"))
+
+            def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+                result = super().execute(sql, *arguments)
+                if _writes(sql):
+                    points.pass_(f"after {_head(sql)}")
+                return result
+
+            def executemany(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+                result = super().executemany(sql, *arguments)
+                points.pass_(f"after {_head(sql)}")
+                return result
+
+            def close(self) -> None:
+                points.pass_("before close")
+                super().close()
+                points.pass_("after close")
+
+        connect = sqlite3.connect
+        sqlite3.connect = lambda *a, **o: connect(*a, **{"factory": Watched, **o})  # type: ignore[assignment]
+        for name in ("open", "mkdir", "chmod", "replace", "rename", "unlink"):
+            setattr(os, name, self.around(name, getattr(os, name)))
+
+
+def _writes(sql: str) -> bool:
+    word = sql.lstrip().split(None, 1)[0].upper() if sql.strip() else ""
+    return word not in ("SELECT", "WITH", "EXPLAIN", "") and not (word == "PRAGMA" and "=" not in sql)
+
+
+def _head(sql: str) -> str:
+    words = sql.replace("(", " ").split()
+    return " ".join(words[:3] if words[0].upper() in ("INSERT", "DELETE", "CREATE", "PRAGMA") else words[:2])
+
+
+class Provider:
+    """Answers blocks of requests in order and writes every request that leaves on the bill."""
+
+    name, identity = "fake", IDENTITY
+
+    def __init__(self, notes: Notes, points: Points, block: int, pause: float, seed: int) -> None:
+        self.notes, self.points, self.block, self.pause = notes, points, block, pause
+        self.rng = random.Random(seed)
+
+    def score(
+        self, requests: Sequence[ScoreRequest], *, on_send: Any = None, on_tokens: Any = None
+    ) -> Iterator[list[tuple[int, ScoreResult]]]:
+        numbers = [int(request.prompt.split(None, 1)[0]) for request in requests]  # type: ignore[union-attr]
+        for start in range(0, len(requests), self.block):
+            chunk = range(start, min(start + self.block, len(requests)))
+            on_send(chunk)
+            self.points.pass_("sent")
+            self.notes.add("bill", [numbers[i] for i in chunk])
+            time.sleep(self.pause * self.rng.random())
+            self.points.pass_("answered")
+            yield [(i, answer_to(numbers[i])) for i in chunk]
+            self.points.pass_("recorded")
+            self.notes.add("acknowledged", [numbers[i] for i in chunk])
+            self.points.pass_("acknowledged")
+
+
+def buy(job: dict[str, Any], points: Points) -> list[Any]:
+    """Ask for ``first`` to ``last`` and return the values."""
+    backend = Provider(points.notes, points, job["block"], job["pause"], job["seed"])
+    limits = Limits(**job["limits"]) if job["limits"] else None
+    with Ledger(job["ledger"]) as ledger:
+        meter = Meter(backend, ledger, role="target", run="r", limits=limits)  # type: ignore[arg-type]
+        numbers = list(range(job["first"], job["last"]))
+        random.Random(job["order"]).shuffle(numbers)
+        results = dict(zip(numbers, meter.score([request_of(n) for n in numbers], stage="s"), strict=True))
+        points.pass_("unclosed")
+    return [[n, results[n].logprobs, results[n].censored] for n in sorted(results)]
+
+
+def run(job: dict[str, Any]) -> int:
+    """One child's life; returns its exit status."""
+    notes = Notes(job["notes"])
+    if job["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+    if job["descriptors"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (job["descriptors"], job["descriptors"]))
+    if job["nobody"]:
+        os.setgid(65534)
+        os.setuid(65534)
+    points = Points(notes, job["when"], signal.Signals[job["sign"]], job["only"])
+    points.install()
+    status, told = 0, {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            told = {"results": buy(job, points)}
+    except KeyboardInterrupt:
+        status = 130
+    except ProxyPromptError as error:
+        status, told = 3, {"error": type(error).__name__, "message": str(error)}
+    except BaseException as error:
+        status, told = 4, {"error": type(error).__name__, "message": repr(error)}
+    told["points"] = points.passed
+    Path(job["notes"], f"out-{os.getpid()}").write_text(json.dumps(told))
+    return status
+
+
+def main() -> None:
+    """Serve jobs until stdin ends: ``{"wait": pid}``, or the fields of a job."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            _, status = os.waitpid(job["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        child = os.fork()
+        if not child:
+            status = 5
+            try:
+                os.close(0)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                status = run(job)
+            finally:
+                os._exit(status)
+        print(child, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main()
