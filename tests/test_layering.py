@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "proxyprompt"
 LEVEL = {
     "_version": 0, "errors": 0, "_require": 1, "_provider_caching": 2, "_segments": 2, "prices": 2,
-    "coalitions": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4,
+    "coalitions": 2, "_demonstration_turns": 2, "_trinomial": 3, "attribution": 3, "_noninferiority": 4, "fidelity": 4,
     "agreement": 4, "_sequential_rules": 4, "sequential": 5, "testing": 4, "backends": 5, "prompt": 6,
     "units": 7, "embedding": 6, "money": 6, "savings": 7, "task": 7, "data": 8, "_ledger_file": 8,
     "_request_keys": 8, "ledger": 9, "_journal": 9.5, "metering": 10, "value_function": 11, "_screening_pairs": 12,

@@ -99,7 +99,10 @@ class RequestKeys:
         if isinstance(prompt, str):
             body["prompt"] = {"text": prompt}
         elif isinstance(prompt, tuple) and all(isinstance(turn, Message) for turn in prompt):
-            body["prompt"] = {"chat": [[turn.role, turn.content] for turn in prompt]}
+            # A name is younger than the schema, too.
+            body["prompt"] = {
+                "chat": [[t.role, t.content, *([] if t.name is None else [t.name])] for t in prompt]
+            }
         else:
             raise InputError(f"request.prompt={prompt!r:.80} must be text or a tuple of Message.")
         return self._head + _json(body, "request") + self._tail

@@ -282,8 +282,6 @@ def _prompt(section: Any, folder: Path, where: str) -> FewShotPrompt:
         values.update({k: v for k, v in stored.items() if k != "labels"})
     values.update({k: v for k, v in section.items() if k not in ("file", "demonstrations")})
     rows = folder / str(section["demonstrations"]) if "demonstrations" in section else None
-    if rows is None and isinstance(values.get("demonstrations"), str):
-        rows = folder / values["demonstrations"]
     prompt = prompt_from_mapping(
         {k: v for k, v in values.items() if k != "demonstrations" or rows is None}, demonstrations=rows
     )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .prompt import Demonstration, FewShotPrompt, Query
+from .prompt import ChatForm, Demonstration, FewShotPrompt, Query
 
 __all__ = [
     "Splits",
@@ -44,6 +44,7 @@ _PROMPT_KEYS = frozenset(
         "separator",
         "style",
         "answer_style",
+        "chat_form",
         "demonstrations",
     }
 )
@@ -235,7 +236,11 @@ def _stratified_order(queries: Sequence[Query], rng: np.random.Generator) -> lis
 
 
 def prompt_from_mapping(data: Mapping[str, Any], *, demonstrations: Rows | None = None) -> FewShotPrompt:
-    """Build a prompt from a mapping of its fields; unknown fields are an error."""
+    """Build a prompt from a mapping of its fields; unknown fields are an error.
+
+    Only ``demonstrations`` may name a file. The mapping may come from somebody else's file, so a path in it is
+    refused, never followed.
+    """
     unknown = sorted(set(data) - _PROMPT_KEYS)
     if unknown:
         raise DataError(f"prompt: unknown fields {unknown}; known: {', '.join(sorted(_PROMPT_KEYS))}.")
@@ -244,11 +249,17 @@ def prompt_from_mapping(data: Mapping[str, Any], *, demonstrations: Rows | None 
         raise DataError(
             "prompt: no demonstrations given.", hint="Name a file, or put rows under 'demonstrations'."
         )
-    settings = {k: v for k, v in data.items() if k != "demonstrations" and v is not None}
+    if demonstrations is None and not isinstance(rows, list | tuple):
+        raise DataError(
+            f"prompt: demonstrations must be a list of rows; got {type(rows).__name__}.",
+            hint="A stored prompt holds its rows; only a configuration may name a file.",
+        )
+    settings = {k: v for k, v in data.items() if k not in ("chat_form", "demonstrations") and v is not None}
     for key, value in settings.items():
         if not isinstance(value, str):
             raise DataError(f"prompt: {key} must be text; got {type(value).__name__}.")
-    return FewShotPrompt(demonstrations=load_demonstrations(rows), **settings)
+    form = ChatForm.from_dict(_mapping(data.get("chat_form") or {}, "prompt: chat_form"))
+    return FewShotPrompt(demonstrations=load_demonstrations(rows), chat_form=form, **settings)
 
 
 def load_prompt(path: str | os.PathLike[str]) -> FewShotPrompt:

@@ -219,4 +219,4 @@ def break_even_calls(run_cost: Decimal, saved: Decimal) -> float:
 
 
 def _flat(turns: Sequence[Any]) -> str:
-    return "".join(f"{turn.role}\n{turn.content}\n" for turn in turns)
+    return "".join(f"{turn.role}\n{turn.name or ''}{turn.content}\n" for turn in turns)

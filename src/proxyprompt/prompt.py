@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
-from .backends.base import Message, Rendered, UnitMask
+from ._demonstration_turns import Turns, find_demonstrations
+from .backends.base import Message, Rendered, Role, UnitMask
 from .errors import DataError, InputError
 
-__all__ = ["Demonstration", "FewShotPrompt", "Query", "Template", "Unit", "UnitPrompt"]
+__all__ = ["ChatForm", "Demonstration", "FewShotPrompt", "Query", "Template", "Unit", "UnitPrompt"]
 
 Style: TypeAlias = Literal["completion", "chat"]
 AnswerStyle: TypeAlias = Literal["text", "letter"]
@@ -171,6 +172,52 @@ class Template:
 
 
 @dataclass(frozen=True)
+class ChatForm:
+    """Who speaks in a chat prompt, for the forms that differ from ``system``, ``user``, ``assistant``.
+
+    Parameters
+    ----------
+    instruction_role : {"system", "developer"}
+    user, assistant : (role, name or None)
+        The two turns of a demonstration. OpenAI's guides also write them as system turns that are named
+        ``example_user`` and ``example_assistant``.
+    """
+
+    instruction_role: Role = "system"
+    user: tuple[Role, str | None] = ("user", None)
+    assistant: tuple[Role, str | None] = ("assistant", None)
+
+    def __post_init__(self) -> None:
+        _one_of("chat_form.instruction_role", self.instruction_role, ("system", "developer"))
+        for what, speaker in (("user", self.user), ("assistant", self.assistant)):
+            ok = len(speaker) == 2 and isinstance(speaker[1], str | None)
+            if not ok or speaker[0] not in ("system", "developer", what):
+                raise InputError(
+                    f"chat_form.{what}: got {speaker!r}; a role ({what}, system or developer) and a name or None."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form; :meth:`from_dict` is its inverse."""
+        return {
+            "instruction_role": self.instruction_role,
+            "user": list(self.user),
+            "assistant": list(self.assistant),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ChatForm:
+        """Read what :meth:`to_dict` wrote; what is absent keeps its default."""
+        unknown = sorted(set(data) - {"instruction_role", "user", "assistant"})
+        if unknown:
+            raise DataError(f"prompt: chat_form has unknown fields {unknown}.")
+        speakers = {k: data[k] for k in ("user", "assistant") if k in data}
+        if not all(isinstance(v, list | tuple) for v in speakers.values()):
+            raise DataError(f"prompt: chat_form: {dict(data)!r}; a speaker is a list of role and name.")
+        role = data.get("instruction_role", "system")
+        return cls(role, **{k: tuple(v) for k, v in speakers.items()})
+
+
+@dataclass(frozen=True)
 class FewShotPrompt:
     """An instruction, demonstrations in a fixed order, and a slot for the query.
 
@@ -191,6 +238,8 @@ class FewShotPrompt:
         One text, or turns (user: query template; assistant: the output).
     answer_style : {"text", "letter"}
         Whether an answer is written out, or given as the letter of its choice.
+    chat_form : ChatForm
+        Roles and names of the turns, in chat style.
 
     Notes
     -----
@@ -205,6 +254,7 @@ class FewShotPrompt:
     separator: str = "\n\n"
     style: Style = "completion"
     answer_style: AnswerStyle = "text"
+    chat_form: ChatForm = field(default_factory=ChatForm)
     _query: Template = field(init=False, repr=False, compare=False)
     _prefix: str = field(init=False, repr=False, compare=False)
     _blocks: tuple[Any, ...] = field(init=False, repr=False, compare=False)
@@ -286,7 +336,7 @@ class FewShotPrompt:
         head = self.instruction if instruction is None else instruction
         if self.style == "completion":
             return self.separator.join([*([head] if head else []), *kept, text])
-        turns = [Message("system", head)] if head else []
+        turns = [Message(self.chat_form.instruction_role, head)] if head else []
         return (*turns, *(turn for pair in kept for turn in pair), Message("user", text))
 
     def unit_mask(self, coalition: Sequence[bool]) -> UnitMask:
@@ -357,7 +407,60 @@ class FewShotPrompt:
         rendered = self.render(None, query)
         if isinstance(rendered, str):
             return [{"role": "user", "content": rendered}]
-        return [{"role": m.role, "content": m.content} for m in rendered]
+        return [turn.to_dict() for turn in rendered]
+
+    @classmethod
+    def from_messages(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        demonstrations: Sequence[int] | None = None,
+        user_template: str = "{input}",
+    ) -> FewShotPrompt:
+        """Find the demonstrations among the messages of a chat request; never on a guess.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            An instruction (a system or developer turn) or none, the demonstrations, then the user turn that
+            holds a query. They are not changed.
+        demonstrations : sequence of int, optional
+            Positions in ``messages`` of the turns of demonstrations, or of their user turns only. Without it,
+            demonstrations are recognised by marks, else by structure (see Notes).
+        user_template : str
+            What user turns have in common, with slots: ``"Review: {input}\\nSentiment:"``. With it a query
+            is ``{"input": ...}`` without the words around; by default it is the whole turn.
+
+        Returns
+        -------
+        FewShotPrompt
+            In chat style; demonstrations are called ``demo-1``, ``demo-2``, ... in their order, or as their
+            ``id`` says. ``to_messages`` of the query that was in ``messages`` gives the messages back (less
+            the ``id`` marks, which chat APIs do not take).
+
+        Raises
+        ------
+        InputError
+            If the demonstrations cannot be told from a conversation, or the messages hold what a prompt
+            cannot: tool calls, lists of content parts, turns between demonstrations. The message says what to give.
+
+        Notes
+        -----
+        In this order: ``demonstrations``; turns whose ``id`` begins with ``pp-ex-``; turns whose ``name`` is
+        ``example_user`` or ``example_assistant``; the structure, which counts for at most 1 and must reach 0.8:
+        user turns that begin or end alike, answers that are alike (few different short ones, the same JSON
+        keys, the same kind of number), no words that refer to earlier turns.
+
+        Examples
+        --------
+        >>> shots = [("a fine film", "good"), ("a dull film", "bad"), ("a great cast", "good")]
+        >>> turns = [{"role": r, "content": c} for t, a in shots for r, c in (("user", f"Review: {t}"), ("assistant", a))]
+        >>> query = {"role": "user", "content": "Review: too long"}
+        >>> prompt = FewShotPrompt.from_messages([*turns, query], user_template="Review: {input}")
+        >>> [d.inputs["input"] for d in prompt.demonstrations]
+        ['a fine film', 'a dull film', 'a great cast']
+        """
+        return _prompt_of_turns(cls, find_demonstrations(messages, demonstrations), Template(user_template))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form; :meth:`from_dict` is its inverse."""
@@ -368,6 +471,8 @@ class FewShotPrompt:
             "separator": self.separator,
             "style": self.style,
             "answer_style": self.answer_style,
+            # Younger than stored prompts: absent, it leaves the keys of older runs as they are.
+            **({} if self.chat_form == ChatForm() else {"chat_form": self.chat_form.to_dict()}),
             "demonstrations": [
                 {"id": d.id, "inputs": dict(d.inputs), "output": d.output}
                 | ({"choices": list(d.choices)} if d.choices is not None else {})
@@ -396,7 +501,9 @@ class FewShotPrompt:
         values = self._fields(demo.inputs, demo.choices)
         shown = self._shown(demo.output, demo.choices, what)
         if self.style == "chat":
-            return (Message("user", self._query.render(values, what=what)), Message("assistant", shown))
+            (asks, asker), (answers, answerer) = self.chat_form.user, self.chat_form.assistant
+            turn = Message(asks, self._query.render(values, what=what), asker)
+            return (turn, Message(answers, shown, answerer))
         return template.render({**values, "output": shown}, what=what)
 
     def _fields(self, inputs: Mapping[str, str], choices: Sequence[str] | None) -> dict[str, str]:
@@ -413,6 +520,42 @@ class FewShotPrompt:
                 f"{what}: answer_style='letter' needs the answer {answer!r} among its choices; got {choices!r}."
             )
         return LETTERS[list(choices).index(answer)]
+
+
+def _prompt_of_turns(kind: type[FewShotPrompt], turns: Turns, template: Template) -> FewShotPrompt:
+    if not template.fields or "output" in template.fields or len(set(template.fields)) < len(template.fields):
+        raise InputError(
+            f"user_template: {template.text!r} needs one slot or more, each once, and no {{output}}.",
+            hint="Example: 'Review: {input}\\nSentiment:'.",
+        )
+    pattern = re.compile(
+        "".join(
+            re.escape(literal) + (f"(?P<{name}>.*?)" if name else "") for literal, name in template.parts
+        ),
+        re.DOTALL,
+    )
+
+    def fields(position: int, text: str) -> dict[str, str]:
+        found = pattern.fullmatch(text)
+        if found is None:
+            raise InputError(
+                f"user_template: {template.text!r} does not fit messages[{position}], {text!r:.80}.",
+                hint="Leave user_template out to take whole turns.",
+            )
+        return found.groupdict()
+
+    fields(turns.query[0], turns.query[1])
+    return kind(
+        demonstrations=tuple(
+            Demonstration(name, fields(position, user), assistant)
+            for name, position, user, assistant in turns.demonstrations
+        ),
+        instruction=turns.instruction,
+        demonstration_template=template.text + "{output}",
+        query_template=template.text,
+        style="chat",
+        chat_form=ChatForm(turns.instruction_role, turns.user, turns.assistant),
+    )
 
 
 def _slot_position(text: str, name: str) -> int:

@@ -214,7 +214,7 @@ def test_the_same_line_twice_is_one_recording(tmp_path: Path) -> None:
         (SCORED | {"prompt": []}, r"prompt=\[\] must be text or a list"),
         (SCORED | {"prompt": [{"role": "tool", "content": "x"}]}, "must have a role"),
         (SCORED | {"prompt": [{"role": "user", "content": None}]}, "must have a role"),
-        (SCORED | {"prompt": [{"role": "user", "content": "x", "name": "y"}]}, "must have a role"),
+        (SCORED | {"prompt": [{"role": "user", "content": "x", "name": 3}]}, "must have a role"),
         (SCORED | {"candidates": []}, r"candidates=\[\] must be a list of one or more"),
         (SCORED | {"candidates": ["x", "x"]}, "must differ"),
         (SCORED | {"candidates": ["x", ""]}, "one or more texts"),

@@ -105,14 +105,16 @@ def test_the_key_is_the_hash_of_its_document_and_stable_between_releases() -> No
 
 
 def test_all_parts_of_a_turn_are_in_the_key() -> None:
-    assert [item.name for item in dataclasses.fields(Message)] == ["role", "content"]
+    assert [item.name for item in dataclasses.fields(Message)] == ["role", "content", "name"]
 
 
 # Characters that break naive encodings: quotes, brackets, separators, an astral character and its two halves.
 TEXT = st.text(alphabet=list('a",[]{}:\\ \x00\n😀\ud83d\ude00'), max_size=4)
 PROMPT = st.one_of(
     TEXT,
-    st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), TEXT), max_size=2).map(tuple),
+    st.lists(
+        st.builds(Message, st.sampled_from(["user", "assistant"]), TEXT, st.none() | TEXT), max_size=2
+    ).map(tuple),
 )
 REQUEST = st.one_of(
     st.tuples(st.just("score"), st.builds(ScoreRequest, PROMPT, st.lists(TEXT, max_size=2).map(tuple))),

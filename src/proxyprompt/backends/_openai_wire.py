@@ -88,7 +88,7 @@ def prompt_fields(prompt: Rendered, endpoint: Endpoint) -> dict[str, Any]:
     if endpoint == "chat":
         if isinstance(prompt, str):
             return {"messages": [{"role": "user", "content": prompt}]}
-        return {"messages": [{"role": turn.role, "content": turn.content} for turn in prompt]}
+        return {"messages": [turn.to_dict() for turn in prompt]}
     if isinstance(prompt, str):
         return {"prompt": prompt}
     raise InputError(

@@ -23,7 +23,7 @@ from .base import (
 Scored: TypeAlias = tuple[ScoreRequest, ScoreResult]
 Generated: TypeAlias = tuple[GenerateRequest, GenerateResult]
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant")
 _SCORE_KEYS = frozenset({"prompt", "candidates", "logprobs", "censored", "usage", "model"})
 _TEXT_KEYS = frozenset({"prompt", "max_tokens", "stop", "text", "usage", "model"})
 
@@ -31,9 +31,7 @@ _TEXT_KEYS = frozenset({"prompt", "max_tokens", "stop", "text", "usage", "model"
 def as_line(request: ScoreRequest | GenerateRequest, result: ScoreResult | GenerateResult) -> dict[str, Any]:
     prompt = request.prompt
     line: dict[str, Any] = {
-        "prompt": prompt
-        if isinstance(prompt, str)
-        else [{"role": m.role, "content": m.content} for m in prompt]
+        "prompt": prompt if isinstance(prompt, str) else [turn.to_dict() for turn in prompt]
     }
     if result.error is not None:
         raise InputError(
@@ -133,14 +131,15 @@ def _prompt(value: object, where: str) -> Rendered:
     for turn in value if isinstance(value, list) else ():
         if (
             not isinstance(turn, dict)
-            or turn.keys() != {"role", "content"}
+            or turn.keys() - {"name"} != {"role", "content"}
             or turn["role"] not in _ROLES
             or not isinstance(turn["content"], str)
+            or not isinstance(turn.get("name", ""), str)
         ):
             raise DataError(
                 f"{where}: chat turn {turn!r} must have a role (one of {', '.join(_ROLES)}) and content."
             )
-        turns.append(Message(cast(Role, turn["role"]), turn["content"]))
+        turns.append(Message(cast(Role, turn["role"]), turn["content"], turn.get("name")))
     if not turns:
         raise DataError(f"{where}: prompt={value!r} must be text or a list of chat turns.")
     return tuple(turns)

@@ -15,15 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-Role: TypeAlias = Literal["system", "user", "assistant"]
+Role: TypeAlias = Literal["system", "developer", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn."""
+    """One chat turn; ``name`` is OpenAI's optional name of the speaker, such as ``example_user``."""
 
     role: Role
     content: str
+    name: str | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """The dictionary that chat APIs take."""
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": self.content, **named}
 
 
 Rendered: TypeAlias = str | tuple[Message, ...]

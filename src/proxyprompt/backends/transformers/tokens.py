@@ -160,6 +160,11 @@ class TextTokenizer:
                 f"{where}.prompt: {prompt!r} is neither text nor a non-empty tuple of Message.",
                 hint="Pass a string, or at least one chat turn.",
             )
+        if any(turn.name is not None for turn in prompt):
+            raise InputError(
+                f"{where}.prompt: a turn has a name, which chat templates of local models do not show.",
+                hint="Leave names out, or ask the model through an OpenAI-compatible server.",
+            )
         try:
             return self.template([{"role": turn.role, "content": turn.content} for turn in prompt]), False
         except Exception as error:
