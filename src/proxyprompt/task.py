@@ -102,6 +102,9 @@ class TextTask:
         Cap on new tokens.
     stop : tuple of str
         The output is cut before the first of these.
+    binary : bool
+        Says that a metric of your own gives 0 or 1 only, so that the exact certificate applies; another score is an
+        error then. The named metrics know it of themselves.
 
     Raises
     ------
@@ -112,6 +115,7 @@ class TextTask:
     metric: str | Metric = "exact_match"
     max_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
+    binary: bool = False
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
@@ -127,11 +131,13 @@ class TextTask:
             raise InputError(f"metric: got {self.metric!r}; allowed: {', '.join(_METRICS)}, or a callable.")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens: got {self.max_tokens}; at least 1.")
+        if self.binary and self.metric in ("token_f1", "embedding"):
+            raise InputError(f"binary: the metric {self.metric!r} also gives scores between 0 and 1.")
 
     @property
     def right_or_wrong(self) -> bool:
         """Whether every score is 0 or 1."""
-        return self.metric == "exact_match"
+        return self.metric == "exact_match" or self.binary
 
     @property
     def metric_name(self) -> str:
@@ -180,6 +186,11 @@ class TextTask:
             raise InputError(f"metric: {self.metric_name} returned {score!r}, which is no number.") from error
         if not 0.0 <= number <= 1.0:
             raise InputError(f"metric: {self.metric_name} returned {number}; scores lie in [0, 1].")
+        if self.binary and number not in (0.0, 1.0):
+            raise InputError(
+                f"metric: {self.metric_name} returned {number}; with binary=True it gives 0 or 1.",
+                hint="Leave binary out.",
+            )
         return number
 
 

@@ -1,0 +1,1 @@
+"""Prune the demos of a compiled DSPy program, with proof on your own queries."""

@@ -1,0 +1,1 @@
+"""Prune the few-shot examples of a LangChain chain, with proof on your own queries."""
