@@ -37,7 +37,7 @@ LEVEL = {
     "_ledger_file": 8,
     "_request_keys": 8,
     "data": 8,
-    "_journal": 9,
+    "_journal": 10,
     "ledger": 9,
     "_query_use": 10,
     "metering": 10,

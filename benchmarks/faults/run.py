@@ -77,8 +77,8 @@ def shown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['hardware']}; {versions}; "
         f"{result['seconds'] // 60} minutes. {len(result['tests'])} tests, {failed} failed.",
         "",
-        "A test fails on the first answer that is wrong, lost after it was acknowledged, or bought again beyond the calls in",
-        "flight, on an error of an undocumented type, and on a bill that the ledger does not cover.",
+        "A test fails on the first answer that is wrong, lost after it was acknowledged, or bought again beyond the calls",
+        "in flight, on an error of an undocumented type, and on a bill that the ledger does not cover.",
         "",
     ]
     totals: dict[str, int] = {}
