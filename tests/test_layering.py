@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "proxyprompt"
-LEVEL = {
+LEVEL: dict[str, float] = {
     "_version": 0,
     "errors": 0,
     "_require": 1,
@@ -37,7 +37,7 @@ LEVEL = {
     "_ledger_file": 8,
     "_request_keys": 8,
     "data": 8,
-    "_journal": 10,
+    "_journal": 9.5,
     "ledger": 9,
     "_query_use": 10,
     "metering": 10,
