@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from proxyprompt._trinomial import p_value
+from proxyprompt._trinomial import critical_score, score
 
 HERE = Path(__file__).parent
 LEVEL, DRAWS, SIZES = 0.05, 300, (60, 120)
 EASIER = 0.9
+CELLS = ((1, 1), (1, 0), (0, 1), (0, 0))
 GOLD = {"1.0": "option 1", "2.0": "option 2"}
 
 
@@ -57,9 +58,16 @@ def answer(logprobs: list[float | None]) -> int:
 
 
 @cache
+def critical(used: int, tau: float) -> float:
+    """Score from which on the p-value is at most the level: quicker than a p-value for every outcome."""
+    return critical_score(used, 1 - tau, tau, LEVEL) if used else float("inf")
+
+
 def certified(wins: int, losses: int, used: int, tau: float) -> bool:
     """What the certificate decides on these counts; see ``non_inferiority``."""
-    return p_value(wins, losses, used, 1 - tau, tau) <= LEVEL
+    edge = critical(used, tau)
+    reached = score(np.array([wins]), np.array([losses]), used, 1 - tau, tau)[0] if used else 0.0
+    return bool(reached >= edge - 1e-9)
 
 
 def main() -> None:
@@ -78,6 +86,8 @@ def main() -> None:
                     continue
                 rng = np.random.default_rng(0)
                 row = {"bench": bench, "model": name, "left_out": part, "cases": len(whole), "ratio": ratio}
+                # Both right, whole alone, short alone, none: the law that tests/statistical draws from.
+                row["counts"] = [int(((whole == a) & (short == b)).sum()) for a, b in CELLS]
                 for n in SIZES:
                     false = true = 0
                     for _ in range(DRAWS):

@@ -256,8 +256,8 @@ def _warn(
         costs = "" if caching.saved < 0 else " It still costs less."
         left = f"{small:,}" if small else "none"
         found.append(
-            f"Of the smaller prompt's beginning, about {after.stable_tokens:,} tokens, {left} can be cached; of the"
-            f" full one's, about {before.stable_tokens:,}, {full:,}: {rule.family} cache from {rule.minimum:,} tokens"
+            f"Of the smaller prompt's beginning (about {after.stable_tokens:,} tokens) {left} can be cached; of the full"
+            f" one's (about {before.stable_tokens:,}) {full:,} can: {rule.family} cache from {rule.minimum:,} tokens"
             f" on.{costs}"
         )
     for name, call in (("full", before), ("smaller", after)):
