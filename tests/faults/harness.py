@@ -44,7 +44,7 @@ class Workshop:
         notes.mkdir(parents=True, exist_ok=True)
         job = {"ledger": str(ledger), "notes": str(notes), "first": first, "last": last, "block": BLOCK}
         job |= {"pause": 0.0, "seed": 0, "order": 0, "when": 0, "sign": "SIGKILL", "only": "", "limits": None}
-        job |= {"file_limit": 0, "descriptors": 0, "nobody": False}
+        job |= {"file_limit": 0, "descriptors": 0, "nobody": False, "threads": 0}
         assert options.keys() <= job.keys()
         return Child(self, self._say(job | options), notes)
 

@@ -14,14 +14,16 @@ import resource
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from proxyprompt.backends.base import ScoreRequest, ScoreResult, Usage
-from proxyprompt.errors import ProxyPromptError
+from proxyprompt.errors import BudgetExceededError, ProxyPromptError
 from proxyprompt.ledger import Ledger, Limits
 from proxyprompt.metering import Meter
 
@@ -162,6 +164,35 @@ def buy(job: dict[str, Any], points: Points) -> list[Any]:
     return [[n, results[n].logprobs, results[n].censored] for n in sorted(results)]
 
 
+def callers(job: dict[str, Any], points: Points) -> list[Any]:
+    """Many threads, each asking for one request at a time until the budget refuses; returns what each one got."""
+    limits = Limits(**job["limits"])
+    wanted = list(range(job["first"], job["last"]))
+    lock = threading.Lock()
+    got: list[int] = []
+    refused: list[str] = []
+    with Ledger(job["ledger"]) as ledger:
+
+        def ask(which: int) -> None:
+            backend = Provider(points.notes, points, 1, job["pause"], job["seed"] + which)
+            meter = Meter(backend, ledger, role="target", run="r", limits=limits)  # type: ignore[arg-type]
+            for number in wanted[which :: job["threads"]]:
+                try:
+                    [result] = meter.score([request_of(number)], stage="s")
+                except BudgetExceededError as error:
+                    with lock:
+                        refused.append(str(error))
+                    continue
+                assert result == answer_to(number), result
+                with lock:
+                    got.append(number)
+
+        with ThreadPoolExecutor(job["threads"]) as pool:
+            for future in [pool.submit(ask, which) for which in range(job["threads"])]:
+                future.result()
+    return [sorted(got), len(refused)]
+
+
 def run(job: dict[str, Any]) -> int:
     """One child's life; returns its exit status."""
     notes = Notes(job["notes"])
@@ -178,7 +209,7 @@ def run(job: dict[str, Any]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            told = {"results": buy(job, points)}
+            told = {"results": (callers if job["threads"] else buy)(job, points)}
     except KeyboardInterrupt:
         status = 130
     except ProxyPromptError as error:
