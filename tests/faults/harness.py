@@ -24,12 +24,12 @@ BLOCK = 4
 
 
 class Workshop:
-    """One worker process, and the children it forks."""
+    """One worker process, and the children it forks; ``modules`` are imported before the first fork."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         script = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def _say(self, line: dict[str, Any]) -> int:
@@ -44,7 +44,7 @@ class Workshop:
         notes.mkdir(parents=True, exist_ok=True)
         job = {"ledger": str(ledger), "notes": str(notes), "first": first, "last": last, "block": BLOCK}
         job |= {"pause": 0.0, "seed": 0, "order": 0, "when": 0, "sign": "SIGKILL", "only": "", "limits": None}
-        job |= {"file_limit": 0, "descriptors": 0, "nobody": False, "threads": 0}
+        job |= {"file_limit": 0, "descriptors": 0, "nobody": False, "threads": 0, "url": ""}
         assert options.keys() <= job.keys()
         return Child(self, self._say(job | options), notes)
 

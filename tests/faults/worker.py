@@ -7,6 +7,7 @@ the child hands ``sqlite3.connect`` a connection class of its own and wraps a fe
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -193,6 +194,25 @@ def callers(job: dict[str, Any], points: Points) -> list[Any]:
     return [sorted(got), len(refused)]
 
 
+def review(number: int) -> ScoreRequest:
+    """A short few-shot prompt for a real model."""
+    shots = "Review: a great film\nSentiment: positive\n\nReview: a dull film\nSentiment: negative\n\n"
+    return ScoreRequest(f"{shots}Review: film number {number} was fun\nSentiment:", (" positive", " negative"))
+
+
+def remote(job: dict[str, Any], points: Points) -> list[Any]:
+    """Ask the server at ``url`` for reviews ``first`` to ``last``."""
+    from proxyprompt.backends.openai import OpenAIBackend
+
+    backend = OpenAIBackend("smol", base_url=job["url"], concurrency=job["block"], timeout=20)
+    limits = Limits(**job["limits"]) if job["limits"] else None
+    with Ledger(job["ledger"]) as ledger:
+        meter = Meter(backend, ledger, role="target", run="r", limits=limits)
+        results = meter.score([review(n) for n in range(job["first"], job["last"])], stage="s")
+        points.pass_("unclosed")
+    return [[one.logprobs, one.censored, one.error, one.model_returned] for one in results]
+
+
 def run(job: dict[str, Any]) -> int:
     """One child's life; returns its exit status."""
     notes = Notes(job["notes"])
@@ -209,7 +229,8 @@ def run(job: dict[str, Any]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            told = {"results": (callers if job["threads"] else buy)(job, points)}
+            work = callers if job["threads"] else remote if job["url"] else buy
+            told = {"results": work(job, points)}
     except KeyboardInterrupt:
         status = 130
     except ProxyPromptError as error:
@@ -243,4 +264,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     main()
