@@ -359,7 +359,7 @@ class Once:
             return FAULTS[self._left.pop(0)] if self._left else PASS
 
 
-@dataclass
+@dataclass(repr=False)
 class FaultProxy:
     """A proxy on loopback in front of ``upstream``; see :func:`fault_proxy`.
 
@@ -488,7 +488,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultProxy  # type: ignore[assignment]
 
     def do_POST(self) -> None:
-        data = self.rfile.read(int(self.headers.get("content-length") or 0))
+        length = int(self.headers.get("content-length") or 0)
+        data = self.rfile.read(length)
+        if len(data) < length:  # the client died while it was sending
+            self.close_connection = True
+            return
         proxy = self.server
         with proxy._lock:
             proxy.headers.append({name.lower(): value for name, value in self.headers.items()})

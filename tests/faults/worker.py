@@ -197,7 +197,9 @@ def callers(job: dict[str, Any], points: Points) -> list[Any]:
 def review(number: int) -> ScoreRequest:
     """A short few-shot prompt for a real model."""
     shots = "Review: a great film\nSentiment: positive\n\nReview: a dull film\nSentiment: negative\n\n"
-    return ScoreRequest(f"{shots}Review: film number {number} was fun\nSentiment:", (" positive", " negative"))
+    return ScoreRequest(
+        f"{shots}Review: film number {number} was fun\nSentiment:", (" positive", " negative")
+    )
 
 
 def remote(job: dict[str, Any], points: Points) -> list[Any]:
