@@ -3,7 +3,7 @@
     python benchmarks/demo/run.py [--out FOLDER]
 
 Writes ``results.json`` and ``results.md`` beside this file. The second run must buy nothing. Seconds are those of one
-run on a shared machine: read them as an order of magnitude.
+run on a shared machine: read them as an order of magnitude, and the processor's seconds as what the work takes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def once(out: Path) -> tuple[dict[str, Any], str, float]:
-    """Run the demo as a user would; its JSON, its notes and its seconds."""
+def once(out: Path) -> tuple[dict[str, Any], str, float, float]:
+    """Run the demo as a user would; its JSON, its notes, its seconds and the processor's."""
     command = [
         sys.executable,
         "-c",
@@ -34,12 +35,13 @@ def once(out: Path) -> tuple[dict[str, Any], str, float]:
         "--out",
         str(out),
     ]
-    start = time.monotonic()
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - start
+    seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if done.returncode:
         sys.exit(done.stderr)
-    return json.loads(done.stdout), done.stderr, seconds
+    return json.loads(done.stdout), done.stderr, seconds, worked
 
 
 def processor() -> str:
@@ -51,11 +53,20 @@ def processor() -> str:
             (x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")),
             name,
         )
-    return f"{name or 'unknown'}, {len(os.sched_getaffinity(0))} cores"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return (
+        f"{name or 'unknown'}, {len(os.sched_getaffinity(0))} cores"
+        + (f", {threads} thread" if threads else "")
+        + f", load {os.getloadavg()[2]:.1f}"
+    )
 
 
 def result(
-    first: dict[str, Any], second: dict[str, Any], notes: str, seconds: tuple[float, float]
+    first: dict[str, Any],
+    second: dict[str, Any],
+    notes: str,
+    seconds: tuple[float, float],
+    worked: tuple[float, float],
 ) -> dict[str, Any]:
     """The figures worth keeping."""
     summary = first["summary"]
@@ -67,6 +78,7 @@ def result(
         "versions": first["versions"],
         "seconds_first_run": round(seconds[0], 1),
         "seconds_second_run": round(seconds[1], 1),
+        "processor_seconds": [round(x, 1) for x in worked],
         "target_calls_bought": [
             sum(r["bought_now"] for r in body["spent"] if r["role"] == "target") for body in (first, second)
         ],
@@ -124,8 +136,9 @@ def markdown(r: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in sorted(r["versions"].items()))
         + ".",
         "",
-        f"- First run {r['seconds_first_run']:.0f} s, second run {r['seconds_second_run']:.0f} s (weights converted"
-        f" before); target calls bought: {r['target_calls_bought'][0]}, then {r['target_calls_bought'][1]}.",
+        f"- First run {r['seconds_first_run']:.0f} s ({r['processor_seconds'][0]:.0f} s of processor), second run"
+        f" {r['seconds_second_run']:.0f} s ({r['processor_seconds'][1]:.0f} s), weights converted before; target calls"
+        f" bought: {r['target_calls_bought'][0]}, then {r['target_calls_bought'][1]}.",
         *(f"- {line}" for line in r["backdrop"]),
         f"- Verdict: {r['verdict']['headline']}.",
         f"- Sealed queries: {percent(r['before']['performance'])} with {r['before']['n_demonstrations']} demonstrations"
@@ -153,9 +166,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "demo-out")
     out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)
-    first, notes, a = once(out)
-    second, _, b = once(out)
-    figures = result(first, second, notes, (a, b))
+    first, notes, *a = once(out)
+    second, _, *b = once(out)
+    figures = result(first, second, notes, (a[0], b[0]), (a[1], b[1]))
     (HERE / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (HERE / "results.md").write_text(markdown(figures), encoding="utf-8")
     print(markdown(figures))

@@ -58,7 +58,8 @@ def demo_config(output: Path, *, overrides: Mapping[str, Any] | None = None) -> 
             # Sized for a few minutes on two cores; all the queries are shipped.
             "queries": {"file": "queries.jsonl", "sizes": {"explain": 32, "select": 60}},
             "screening": {"block": 32, "fit_coalitions": 60, "judge_coalitions": 12},
-            "attribution": {"proxy_coalitions": 72, "oracle_queries": 32},
+            # No more than the screen has bought: a second batch would read every prompt once more for a few queries.
+            "attribution": {"proxy_coalitions": 72, "oracle_queries": 24},
             "compress": {"max_evaluations": 10},
             "task": {"kind": "label", "labels": meta["labels"]},
             "target": {"model": TARGET},
