@@ -61,6 +61,9 @@ def verdict_sentences(result: Result) -> list[str]:
             f"The cap of {wanted} is not met: no prompt that small was certified. The prompt that is proposed has {after}."
         )
     shipped = c.shipped
+    failed = next((t for t in c.tests if t.tested and not t.passed), None)
+    if shipped is not None and failed is not None:
+        said.append(_stopped_at(failed.n_kept, c.tests[-1].n_kept, shipped.n_kept, failed.order is not None))
     if shipped is not None and shipped.order is not None:
         said.append("The demonstrations stand in a new order, in which the prompt was certified.")
     if c.earlier_looks:
@@ -71,6 +74,16 @@ def verdict_sentences(result: Result) -> list[str]:
             " that."
         )
     return said
+
+
+def _stopped_at(failed: int, fewest: int, shipped: int, reordered: bool) -> str:
+    """That less would have been proposed than could be proven."""
+    if reordered and failed == shipped:
+        return f"Another order of the {shipped} was proposed as well, but not certified; they keep the original order."
+    return (
+        f"The selection split proposed as few as {fewest}, but the sealed queries do not prove that the prompt with"
+        f" {failed} holds: {shipped} is the smallest number that is certified."
+    )
 
 
 def _within(result: Result) -> bool:

@@ -50,7 +50,7 @@ def splits(explain: int = 24, select: int = 40, sealed: int = 120) -> Splits:
     )
 
 
-def target(worth: Worth, *, spread: float = 1.0) -> ScriptedBackend:
+def target(worth: Worth, *, spread: float = 1.0, sealed: Worth | None = None) -> ScriptedBackend:
     """Log-odds of the right answer: ``worth`` of the demonstrations shown, and the query's own difficulty."""
 
     def score(request: ScoreRequest) -> list[float]:
@@ -62,7 +62,7 @@ def target(worth: Worth, *, spread: float = 1.0) -> ScriptedBackend:
             return [math.log(1 / 3)] * 3
         seed = int.from_bytes(hashlib.sha256(f"{kind} {number}".encode()).digest()[:8], "big")
         x = np.random.default_rng(seed).normal(0, spread, 3)
-        x[int(number) % 3] += worth(counted)
+        x[int(number) % 3] += (sealed if sealed is not None and kind == "sealed" else worth)(counted)
         return [float(v) for v in x - math.log(np.exp(x).sum())]
 
     return ScriptedBackend(score=score, name="planted", block_size=4000)
@@ -195,6 +195,28 @@ def test_ties_leave_from_the_end(tmp_path: Path) -> None:
     assert first.certificate.tests[0].n_discordant == 0
     assert summary["verdict"]["headline"] == "Not certified: keep all 8 demonstrations"
     assert first.prompt == first.original
+
+
+def test_what_only_the_selection_split_believes_is_not_shipped(tmp_path: Path) -> None:
+    """On the sealed queries d1 is needed as well: the largest cut that holds there is the answer, and that is said."""
+    result = run(
+        tmp_path,
+        few_shot(8),
+        target(
+            lambda shown: -1.0 + 4.0 * (0 in shown),
+            sealed=lambda shown: -5.0 + 4.0 * (0 in shown) + 4.0 * (1 in shown),
+        ),
+        keep_labels=False,
+    )
+    assert result.compression.chosen.n_kept == 1
+    assert result.certificate.decision == "certified"
+    assert 2 <= result.prompt.n_units < 8
+    assert {"d0", "d1"} <= {d.id for d in result.prompt.demonstrations}
+    said = build_artifact(result).summary["verdict"]["sentences"]
+    assert (
+        "The selection split proposed as few as 1, but the sealed queries do not prove that the prompt with 1 holds:"
+        f" {result.prompt.n_units} is the smallest number that is certified."
+    ) in said
 
 
 def test_a_target_that_is_never_right_certifies_nothing_it_should_not(tmp_path: Path) -> None:
