@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._request_keys import raw_key
 from .ledger import Ledger
 
 __all__ = ["LedgerJournal", "MemoryJournal", "identity_hash"]
@@ -84,4 +83,6 @@ class LedgerJournal:
         """Close what earlier, dead processes sent of these requests: it is still under way, and counted anew here."""
         query = "UPDATE attempt SET state = 'failed', error = ? WHERE key = ? AND state = 'unknown'"
         with self._ledger.transaction() as connection:
-            connection.executemany(query, [(_CONTINUED, raw_key(self.keys[i])) for i in indices])
+            connection.executemany(
+                query, [(_CONTINUED, self._ledger.stored_name(self.keys[i])) for i in indices]
+            )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
+import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from ._ledger_commit import CommitQueue, Job
+from ._ledger_owners import settle_dead
+from ._ledger_schema import APPLICATION_ID, SCHEMA, create_tables, migrate, pragma
 from .errors import LedgerCorruptError, LedgerError
 
 try:
@@ -20,10 +23,8 @@ try:
 except ImportError:  # Windows: no presence lock, see _join
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RESPONSE_COLUMNS", "SCHEMA", "LedgerFile", "drop_attempts"]
+__all__ = ["LedgerFile"]
 
-SCHEMA = 1
-_APPLICATION_ID = 0x50504C31
 _BUSY_SECONDS = 60.0
 
 # SQLite 3.7.0 to 3.51.2 can corrupt the file when one connection checkpoints or restarts the WAL while
@@ -33,39 +34,28 @@ _BUSY_SECONDS = 60.0
 _WAL_RESET_DEFECT = (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
 _FOLD_BYTES = 64 * 2**20
 
-RESPONSE_COLUMNS = (
-    "key, body, prompt_tokens, completion_tokens, cached_tokens, "
-    "model_returned, sha256, schema, created_at, request"
-)
-"""In the order in which rows are read, written and hashed."""
 # FULL syncs every commit; on macOS a plain sync stays in the drive's cache, hence fullfsync.
 _PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL", "fullfsync = ON")
-_DDL = (
-    """CREATE TABLE attempt (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, run TEXT NOT NULL,
-    stage TEXT NOT NULL, role TEXT NOT NULL CHECK (role IN ('target', 'proxy')), model TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('reserved', 'sent', 'done', 'failed', 'unknown')),
-    host TEXT NOT NULL, pid INTEGER NOT NULL, created_at REAL NOT NULL, finished_at REAL, error TEXT,
-    estimate INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL DEFAULT 0,
-    completion_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE INDEX attempt_run ON attempt (run, role)",
-    """CREATE TABLE response (key BLOB NOT NULL, body BLOB NOT NULL,
-    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
-    model_returned BLOB, sha256 BLOB NOT NULL, schema INTEGER NOT NULL, created_at REAL NOT NULL,
-    request BLOB)""",
-    # Not unique, although keys are: a damaged key must never stand in the way of rebuilding the index.
-    "CREATE INDEX response_key ON response (key)",
-    # No types and no rules: a damaged row may hold anything.
-    f"CREATE TABLE quarantine (set_aside_at REAL NOT NULL, {RESPONSE_COLUMNS})",
-)
+_SPARE_BYTES = 4 * 2**20
+
+T = TypeVar("T")
 
 
 class LedgerFile:
     """One process's hold on the database file; see :class:`proxyprompt.ledger.Ledger` for the promises."""
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool,
+        first_meta: Callable[[], Mapping[str, bytes]] = dict,
+    ) -> None:
         self.path = Path(path).expanduser().absolute()
         self._create = create
+        self._first_meta = first_meta
         self._lock = threading.RLock()
+        self._commits = CommitQueue(self.use, self._explained, self._lock)
         self._connection: sqlite3.Connection | None = None
         self._presence: int | None = None
         self._closed = False
@@ -80,6 +70,32 @@ class LedgerFile:
             self._closed = True
             self._disconnect()
             self._leave()
+
+    def commit(self, action: str, work: Job[T]) -> T:
+        """Run ``work`` in a durable transaction, shared with what other threads want written just then."""
+        return self._commits.run(action, work)
+
+    def require_space(self) -> None:
+        """Refuse to go on when what is in flight might find no room on the disk.
+
+        Raises
+        ------
+        LedgerError
+            With less than 4 MB left.
+        """
+        if not hasattr(os, "statvfs"):
+            return
+        try:
+            state = os.statvfs(self.path.parent)
+        except OSError as error:
+            raise self._explained("written", error) from error
+        free = state.f_bavail * state.f_frsize
+        if free < _SPARE_BYTES:
+            raise LedgerError(
+                f"The ledger {self.path} could not be written: only {free:,} bytes are left on its disk, and answers in"
+                f" flight need room; nothing was sent (at least {_SPARE_BYTES:,} are wanted).",
+                hint="Make space, or move the ledger to another disk; everything answered so far is kept.",
+            )
 
     @contextmanager
     def use(self, action: str, *, write: bool = False) -> Iterator[sqlite3.Connection]:
@@ -152,36 +168,81 @@ class LedgerFile:
             )
         for folder in reversed([one for one in self.path.parents if not one.exists()]):
             folder.mkdir(mode=0o700, exist_ok=True)
+        self._refuse_traps()
         # Never open and close an existing database file by ourselves: closing any descriptor of it drops the
         # POSIX locks that SQLite holds on it in this process.
         with suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
-    def _adopt(self, connection: sqlite3.Connection) -> None:
-        def pragma(name: str) -> int:
-            return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-        ours = pragma("application_id") == _APPLICATION_ID
-        if not ours and (pragma("schema_version") or not self._create):
-            raise LedgerError(f"{self.path} is an SQLite file but not a ledger.", hint="Give another path.")
-        if ours and pragma("user_version") > SCHEMA:
+    def _refuse_traps(self) -> None:
+        """Whoever may write to the folder could put another file in the ledger's place, or a link to one of ours."""
+        if os.name != "posix":
+            return
+        folder = os.stat(self.path.parent)
+        mine = (os.geteuid(), 0)
+        # A group of one's own (many systems give everybody one, and let it write) is no other.
+        shared = folder.st_mode & 0o002 or (folder.st_mode & 0o020 and folder.st_gid != os.getegid())
+        if shared or (folder.st_uid not in mine and os.geteuid() != 0):
             raise LedgerError(
-                f"{self.path} has schema {pragma('user_version')}; this version reads up to {SCHEMA}.",
+                f"The folder {self.path.parent} can be written by others (mode {folder.st_mode & 0o7777:04o}, owner"
+                f" {folder.st_uid}); prompts and budgets are not safe there.",
+                hint=f"Run chmod go-w {self.path.parent}, or keep the ledger in a folder of its own.",
+            )
+        for suffix in ("", "-wal", "-shm", "-journal", ".lock"):
+            path = self.path.with_name(self.path.name + suffix)
+            with suppress(FileNotFoundError):
+                state = os.lstat(path)
+                if not stat.S_ISREG(state.st_mode) or (state.st_uid not in mine and os.geteuid() != 0):
+                    what = "a symbolic link" if stat.S_ISLNK(state.st_mode) else "not a file of your own"
+                    raise LedgerError(
+                        f"{path} is {what}; a ledger is not opened through it.",
+                        hint="Name the file itself.",
+                    )
+
+    def _adopt(self, connection: sqlite3.Connection) -> None:
+        ours = pragma(connection, "application_id") == APPLICATION_ID
+        if not ours and (pragma(connection, "schema_version") or not self._create):
+            raise LedgerError(f"{self.path} is an SQLite file but not a ledger.", hint="Give another path.")
+        found = pragma(connection, "user_version")
+        if ours and found > SCHEMA:
+            raise LedgerError(
+                f"{self.path} has schema {found}; this version reads up to {SCHEMA}.",
                 hint="Upgrade with: pip install -U proxyprompt-core",
             )
         self._restrict("")
         self._enter_wal(connection)
         connection.execute(f"PRAGMA wal_autocheckpoint = {0 if _WAL_RESET_DEFECT else 1000}")
-        if not ours:
+        if ours and found < SCHEMA:
+            self._back_up(connection, found)
+        if not ours or found < SCHEMA:
             connection.execute("BEGIN IMMEDIATE")
-            if pragma("application_id") != _APPLICATION_ID:
-                for statement in _DDL:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            # Another process may have been faster.
+            if pragma(connection, "application_id") != APPLICATION_ID:
+                create_tables(connection)
+                rows = list(self._first_meta().items())
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+            elif pragma(connection, "user_version") < SCHEMA:
+                migrate(connection)
+                connection.execute("INSERT OR IGNORE INTO meta VALUES ('store', CAST('full' AS BLOB))")
             connection.execute("COMMIT")
         for suffix in ("-wal", "-shm", ".lock"):
             self._restrict(suffix)
+
+    def _back_up(self, connection: sqlite3.Connection, found: int) -> None:
+        """A copy of an older file, made whole before anything in it is changed."""
+        names = (f"{self.path.name}.schema-{found}.backup{n or ''}" for n in range(1000))
+        backup = next(one for one in map(self.path.with_name, names) if not one.exists())
+        temporary = self.path.with_name(f".{backup.name}.{os.getpid()}")
+        try:
+            temporary.unlink(missing_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            connection.execute("VACUUM INTO ?", (str(temporary),))
+            handle = os.open(temporary, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+            os.replace(temporary, backup)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _restrict(self, suffix: str) -> None:
         path = self.path.with_name(self.path.name + suffix)
@@ -257,33 +318,10 @@ class LedgerFile:
             os.close(presence)
 
     def _recover(self, connection: sqlite3.Connection, alone: bool) -> None:
-        query = "SELECT DISTINCT host, pid FROM attempt WHERE state IN ('reserved', 'sent')"
-        owners = connection.execute(query).fetchall()
-        if not alone:
-            # Windows has no harmless signal 0; there rows of dead processes stay as they are.
-            here = socket.gethostname() if os.name == "posix" else None
-            owners = [(host, pid) for host, pid in owners if host == here and not _alive(pid)]
-        if owners:
+        if connection.execute("SELECT 1 FROM attempt WHERE state IN ('reserved', 'sent')").fetchone():
             connection.execute("BEGIN IMMEDIATE")
-            drop_attempts(connection, "host = ? AND pid = ?", owners)
+            settle_dead(connection, alone=alone)
             connection.execute("COMMIT")
-
-
-def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:
-    """Inside a transaction: attempts not sent vanish, those sent become unknown, finished ones stay."""
-    connection.executemany(f"DELETE FROM attempt WHERE state = 'reserved' AND {where}", values)
-    query = f"UPDATE attempt SET state = 'unknown', finished_at = ? WHERE state = 'sent' AND {where}"
-    connection.executemany(query, [(time.time(), *value) for value in values])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 # SQLite keeps the locks of a process in its memory, and a forked child would inherit that memory without the
@@ -312,6 +350,7 @@ def _after_fork_in_child() -> None:
     for one in _FORKING:
         # Closes the child's copy only: the parent's lock lives on, and the child joins under its own name.
         one._leave()
+        one._commits.forget()  # of threads that the child does not have
     _after_fork_in_parent()
 
 

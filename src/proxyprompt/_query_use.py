@@ -1,7 +1,7 @@
 """Which queries served which purpose, kept with the ledger: a query that helped to choose cannot certify.
 
 Rows of a table beside the calls, one for each run and purpose, written before the first query of that purpose is asked.
-Queries and demonstrations are there as hashes of their contents.
+Queries and demonstrations are there as hashes of their contents, keyed ones unless the ledger keeps texts anyway.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def note_use(ledger: Ledger, run: str, purpose: str, prompt: FewShotPrompt, quer
     row = (
         run,
         purpose,
-        json.dumps(sorted(_demonstrations(prompt))),
-        json.dumps(sorted(query_key(q) for q in queries)),
+        json.dumps(sorted(_hidden(ledger, _demonstrations(prompt)))),
+        json.dumps(sorted(_hidden(ledger, map(query_key, queries)))),
         time.time(),
     )
     with ledger.transaction() as connection:
@@ -74,7 +74,7 @@ def refuse_used(ledger: Ledger, run: str, prompt: FewShotPrompt, sealed: Sequenc
     DataError
         With their number and that run.
     """
-    mine, keys = _demonstrations(prompt), {query_key(q) for q in sealed}
+    mine, keys = _hidden(ledger, _demonstrations(prompt)), _hidden(ledger, map(query_key, sealed))
     for use in _others(ledger, run):
         known = keys & use.queries
         if use.purpose != "sealed" and known and mine <= use.demonstrations:
@@ -87,7 +87,7 @@ def refuse_used(ledger: Ledger, run: str, prompt: FewShotPrompt, sealed: Sequenc
 
 def earlier_looks(ledger: Ledger, run: str, prompt: FewShotPrompt, sealed: Sequence[Query]) -> int:
     """Other runs that tested a prompt of the same demonstrations, or fewer, or more, on some of these queries."""
-    mine, keys = _demonstrations(prompt), {query_key(q) for q in sealed}
+    mine, keys = _hidden(ledger, _demonstrations(prompt)), _hidden(ledger, map(query_key, sealed))
     return len(
         {
             use.run
@@ -101,6 +101,11 @@ def earlier_looks(ledger: Ledger, run: str, prompt: FewShotPrompt, sealed: Seque
 
 def _demonstrations(prompt: FewShotPrompt) -> frozenset[str]:
     return frozenset(query_key(d) for d in prompt.demonstrations)
+
+
+def _hidden(ledger: Ledger, keys: Iterable[str]) -> frozenset[str]:
+    """Keys as they may stand in the file: texts are short, and a plain hash of one could be found by trying."""
+    return frozenset(ledger.conceal(key) for key in keys)
 
 
 def _others(ledger: Ledger, run: str) -> Iterable[QueryUse]:

@@ -1,178 +1,66 @@
 """Every answer that was paid for, durable before the next one is bought.
 
-One SQLite file. A call goes ``reserved`` (counted against the limits) -> ``sent`` (may be billed from here
-on) -> ``done`` or ``failed``; if its process dies after sending, it becomes ``unknown`` and still counts as
-spent. Nothing expires and nothing is evicted. A row that does not match its own hash is set aside and never
-served. After ``kill -9`` every call whose :meth:`Ledger.record` returned is still there; at most the calls
-in flight are lost, and those are listed as ``unknown``.
+One SQLite file. A call goes ``reserved`` (planned, counted against the limits) -> ``sent`` (its money set aside; may
+be billed from here on) -> ``done`` or ``failed``; if its process dies after sending, it becomes ``unknown`` and still
+counts as spent. Nothing expires and nothing is evicted. A row that does not match its own hash is set aside and never
+served. After ``kill -9`` every call whose :meth:`Ledger.record` returned is still there; at most the calls in flight
+are lost, and those are listed as ``unknown``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import socket
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from ._ledger_file import RESPONSE_COLUMNS, SCHEMA, LedgerFile, drop_attempts
+from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, taken
+from ._ledger_file import LedgerFile
+from ._ledger_owners import drop_attempts, settle_dead
+from ._ledger_rows import (
+    PICO,
+    Answer,
+    CallRole,
+    Claim,
+    Failure,
+    Limits,
+    RunSummary,
+    StoredResponse,
+    Totals,
+    as_bytes,
+    as_text,
+    counts,
+    intact,
+    printable,
+    row_hash,
+    split,
+    sum_states,
+)
+from ._ledger_schema import RESPONSE_COLUMNS, SCHEMA, USAGE_COLUMNS
+from ._ledger_vault import MODES, StoreMode, Vault, read_secret
 from ._request_keys import RequestKeys, raw_key, request_key
 from .backends.base import Usage
-from .errors import BudgetExceededError, InputError, LedgerCorruptError, LedgerError
+from .errors import InputError, LedgerCorruptError, LedgerError
 
 __all__ = [
+    "PICO",
     "Answer",
     "CallRole",
+    "Claim",
     "Failure",
     "Ledger",
     "Limits",
     "RequestKeys",
     "RunSummary",
+    "StoreMode",
     "StoredResponse",
     "Totals",
     "request_key",
 ]
-
-CallRole: TypeAlias = Literal["target", "proxy"]
-
-_CHUNK = 900  # SQLite before 3.32 takes at most 999 parameters
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one run may spend on its target, over all processes and resumptions that share the ledger.
-
-    Parameters
-    ----------
-    max_calls : int, optional
-        Calls done, under way or of unknown outcome.
-    max_tokens : int, optional
-        Prompt plus completion tokens: as reported for finished calls, as estimated for the others.
-    """
-
-    max_calls: int | None = None
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_calls", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise InputError(
-                    f"{name}={value!r} must be a whole number of at least 0, or None.",
-                    hint="Leave it out for no limit.",
-                )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    """A verified row; ``request`` is the canonical request text if it was kept, else ``None``."""
-
-    key: str
-    body: str
-    usage: Usage
-    model_returned: str | None
-    created_at: float
-    request: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A successful call to be recorded; ``request`` is stored only if given."""
-
-    attempt: int
-    key: str
-    body: str
-    usage: Usage = field(default_factory=Usage)
-    model_returned: str | None = None
-    request: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A call that brought no answer; it will be asked again."""
-
-    attempt: int
-    error: str
-    usage: Usage = field(default_factory=Usage)
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Calls by outcome and tokens; ``open`` are reserved or sent by a process that is still at work."""
-
-    done: int = 0
-    failed: int = 0
-    unknown: int = 0
-    open: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    by_model: Mapping[str, Totals] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """One run: when it first and last touched the ledger (seconds since 1970) and what it did."""
-
-    run: str
-    started_at: float
-    last_at: float
-    totals: Totals
-
-
-# --- rows ---------------------------------------------------------------------------------------------
-
-
-def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else text.encode("utf-8", "surrogatepass")
-
-
-def _counts(usage: Usage) -> tuple[int, int, int]:
-    return usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
-
-
-def _printable(error: str) -> str:
-    # Error texts may quote a broken answer; SQLite refuses the lone surrogates in it.
-    return error.encode("utf-8", "backslashreplace").decode()[:2000]
-
-
-def _row_hash(row: Sequence[Any]) -> bytes:
-    """Hash of all columns but the hash; lengths first, so that no byte can wander between columns."""
-    key, body, prompt, completion, cached, model, _, schema, created, request = row
-    lengths = [-1 if part is None else len(part) for part in (key, body, model, request)]
-    numbers = f"{schema!r} {prompt!r} {completion!r} {cached!r} {created!r} {lengths}|"
-    digest = hashlib.sha256(numbers.encode())
-    for part in (key, body, model, request):
-        digest.update(part or b"")
-    return digest.digest()
-
-
-def _intact(row: Sequence[Any]) -> bool:
-    try:
-        return bool(_row_hash(row) == row[6])
-    except (TypeError, ValueError):  # a flipped bit can change the type of a column
-        return False
-
-
-def _stored(row: Sequence[Any]) -> StoredResponse:
-    key, body, prompt, completion, cached, model, _, _, created, request = row
-    return StoredResponse(
-        key.hex(),
-        body.decode("utf-8", "surrogatepass"),
-        Usage(prompt, completion, cached),
-        None if model is None else model.decode("utf-8", "surrogatepass"),
-        created,
-        None if request is None else request.decode("utf-8", "surrogatepass"),
-    )
-
-
-# --- the ledger ---------------------------------------------------------------------------------------
 
 
 class Ledger:
@@ -182,38 +70,83 @@ class Ledger:
     ----------
     path : str or path
         The database file. Missing folders are created for the owner only (0700); the file and its companions
-        (``-wal``, ``-shm``, ``.lock``) are readable and writable by the owner only (0600).
+        (``-wal``, ``-shm``, ``.lock``) are readable and writable by the owner only (0600). A symbolic link, or a
+        folder that others may write to, is refused.
     create : bool
         Whether a missing file may be created.
+    store : {"full", "hash", "encrypted"}, optional
+        What a new file keeps of prompts and answers; see :mod:`proxyprompt._ledger_vault`. Default: everything. An
+        existing file keeps its mode; another one asked for is an error.
+    key_file : path, optional
+        File with the secret of ``"hash"`` and ``"encrypted"``; made, mode 0600, if it is missing and the ledger is
+        new. Default: the environment variable ``PROXYPROMPT_LEDGER_KEY`` (64 hexadecimal digits), else
+        ``ledger.key`` in the user's configuration folder.
 
     Attributes
     ----------
     path : Path
+    store : str
+        Mode of the file.
     quarantined : int
         Damaged rows that this object has set aside.
 
     Raises
     ------
     LedgerError
-        If the file is missing (with ``create=False``), is no ledger, was written by a newer version, or
-        cannot be read and written.
+        If the file is missing (with ``create=False``), is no ledger, was written by a newer version, has another
+        mode or secret, lies where others can replace it, or cannot be read and written.
+    MissingDependencyError
+        If the file is, or is to be, encrypted and the package ``cryptography`` is not installed.
 
     Notes
     -----
     Needs a local disk: SQLite's write-ahead log does not work over a network file system. One connection per
-    process, shared by its threads under a lock: SQLite admits one writer at a time anyway, and before a fork
-    every connection must be closed (see ``_ledger_file``).
+    process, shared by its threads: SQLite admits one writer at a time anyway, and threads that write at the same
+    moment share one commit. Before a fork every connection must be closed (see ``_ledger_file``). A file of an
+    older schema is copied to ``PATH.schema-N.backup`` and brought up to date in one transaction.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
-        self._file = LedgerFile(path, create=create)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        store: StoreMode | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if store not in (None, *MODES):
+            raise InputError(f"store={store!r} must be one of {', '.join(MODES)}.")
+
+        def secret(new: bool) -> bytes:
+            return read_secret(key_file, create=new)
+
         self.quarantined = 0
         self._warned = False
+        self._file = LedgerFile(
+            path, create=create, first_meta=lambda: Vault.new(store or "full", secret).meta()
+        )
+        try:
+            with self._file.use("read") as connection:
+                meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+            self._vault = Vault.of_file(meta, secret, self.path)
+            if store not in (None, self.store):
+                raise LedgerError(
+                    f"{self.path} keeps its calls with store = {self.store!r}; {store!r} was asked for.",
+                    hint="Leave store as it is, or give another file: what a file holds is not rewritten.",
+                )
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def path(self) -> Path:
         """Where the database file is."""
         return self._file.path
+
+    @property
+    def store(self) -> StoreMode:
+        """What the file keeps of prompts and answers."""
+        return self._vault.mode
 
     def __enter__(self) -> Ledger:
         return self
@@ -224,6 +157,14 @@ class Ledger:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._file.close()
+
+    def stored_name(self, key: str) -> bytes:
+        """How a key stands in the tables: its bytes, or a keyed hash of them unless ``store`` is full."""
+        return self._vault.name(raw_key(key))
+
+    def conceal(self, text: str) -> str:
+        """A private hash as it may stand in a table beside the calls: a keyed hash of it unless ``store`` is full."""
+        return self._vault.conceal(text)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -252,38 +193,49 @@ class Ledger:
         LedgerCorruptError
             With ``strict``, if a row does not match its hash; always, if the file itself is malformed.
         """
-        wanted = {raw_key(key) for key in keys}
-        pending = list(wanted)
+        wanted = {self._vault.name(raw_key(key)): key for key in keys}
         found: dict[str, StoredResponse] = {}
         suspects: list[int] = []
         with self._file.use("read") as connection:
-            for start in range(0, len(pending), _CHUNK):
-                chunk = pending[start : start + _CHUNK]
-                marks = ",".join("?" * len(chunk))
+            for chunk, marks in chunks(list(wanted)):
                 query = f"SELECT rowid, {RESPONSE_COLUMNS} FROM response WHERE key IN ({marks})"
                 for rowid, *row in connection.execute(query, chunk):
-                    if row[0] in wanted and _intact(row):
-                        found.setdefault(row[0].hex(), _stored(row))
-                    else:
-                        suspects.append(rowid)
+                    key = wanted.get(row[0])
+                    if key is not None and intact(row):
+                        try:
+                            found.setdefault(key, self._stored(key, row))
+                            continue
+                        except LedgerCorruptError:  # an attacker can mend the hash, but not the seal
+                            pass
+                    suspects.append(rowid)
         if suspects:
             self._report(self._set_aside(suspects), strict)
         return found
 
+    def _stored(self, key: str, row: Sequence[Any]) -> StoredResponse:
+        name, body, prompt, completion, cached, model, _, _, created, request, *more = row
+        opened = as_text(self._vault.open(body, name, "body"))
+        assert opened is not None
+        asked = as_text(self._vault.open(request, name, "request"))
+        usage = Usage(prompt, completion, cached, *more)
+        return StoredResponse(key, opened, usage, as_text(model), created, asked)
+
     def totals(
         self, run: str | None = None, role: CallRole | None = None, stage: str | None = None
     ) -> Totals:
-        """Count calls and tokens of the attempts that match all the given filters."""
+        """Count calls, tokens and money of the attempts that match all the given filters."""
         filters = {"run": run, "role": role, "stage": stage}
         given = {name: value for name, value in filters.items() if value is not None}
         where = " AND ".join(f"{name} = ?" for name in given) or "1"
-        query = f"""SELECT model, state, count(*), sum(prompt_tokens), sum(completion_tokens),
-            sum(cached_tokens) FROM attempt WHERE {where} GROUP BY model, state ORDER BY model"""
+        sums = ", ".join(f"sum({column})" for column in USAGE_COLUMNS.split(", "))
+        query = f"""SELECT model, state, count(*), {sums}, currency,
+            sum(CASE WHEN state IN ('done', 'failed') THEN cost WHEN state = 'reserved' THEN 0 ELSE allowance END)
+            FROM attempt WHERE {where} GROUP BY model, state, currency ORDER BY model"""
         with self._file.use("read") as connection:
             rows = connection.execute(query, list(given.values())).fetchall()
         models = dict.fromkeys(row[0] for row in rows)
-        by_model = {model: _sum_states([row[1:] for row in rows if row[0] == model]) for model in models}
-        return _sum_states([row[1:] for row in rows], by_model)
+        by_model = {model: sum_states([row[1:] for row in rows if row[0] == model]) for model in models}
+        return sum_states([row[1:] for row in rows], by_model)
 
     def runs(self) -> list[RunSummary]:
         """Summarise every run, oldest first."""
@@ -305,6 +257,8 @@ class Ledger:
         model: str,
         limits: Limits | None = None,
         tokens: Sequence[int] | None = None,
+        money: Sequence[int] | None = None,
+        currency: str = "",
     ) -> list[int]:
         """Enter calls that are about to be made, all or none.
 
@@ -315,9 +269,14 @@ class Ledger:
         run, stage, role, model : str
             What the calls are for; ``totals`` and limits filter by them.
         limits : Limits, optional
-            Checked in the same transaction over all calls of ``run`` with the role ``"target"``.
+            Checked in the same transaction over all calls of ``run``: calls and tokens over those of the target, money
+            over all.
         tokens : sequence of int, optional
-            Expected tokens of each call; they count until the call is finished.
+            Tokens set aside for each call; they count until the call is finished.
+        money : sequence of int, optional
+            Money set aside for each call, in units of :data:`PICO`.
+        currency : str
+            Of ``money``.
 
         Returns
         -------
@@ -329,45 +288,118 @@ class Ledger:
         BudgetExceededError
             If a limit would be passed; nothing is entered.
         InputError
-            If limits are given for a proxy, or ``tokens`` and ``keys`` differ in length.
+            If calls or tokens are limited for a proxy, or ``tokens`` or ``money`` differ in length from ``keys``.
         """
-        estimates = [0] * len(keys) if tokens is None else list(tokens)
-        if len(estimates) != len(keys):
-            raise InputError(f"tokens has {len(estimates)} entries, keys has {len(keys)}; give one per key.")
-        if limits is not None and role != "target":
-            raise InputError(f"limits={limits!r} with role={role!r}: limits bound the target only.")
-        owner = (run, stage, role, model, "reserved", socket.gethostname(), os.getpid(), time.time())
-        raw = [raw_key(key) for key in keys]
-        with self._file.use("written", write=True) as connection:
-            if limits is not None:
-                self._check(connection, limits, run, len(keys), sum(estimates))
-            last = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'attempt'").fetchone()
-            first = (last[0] if last else 0) + 1
-            ids = list(range(first, first + len(keys)))
-            connection.executemany(
-                """INSERT INTO attempt
-                (id, key, run, stage, role, model, state, host, pid, created_at, estimate)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                [(i, key, *owner, estimate) for i, key, estimate in zip(ids, raw, estimates, strict=True)],
-            )
-        return ids
+        amounts = amounts_of(len(keys), tokens, money, "keys")
+        check_fit(limits, role)
+        raw = [self._vault.name(raw_key(key)) for key in keys]
+        common = (run, stage, role, model)
 
-    def mark_sent(self, ids: Sequence[int]) -> None:
+        def work(connection: sqlite3.Connection) -> list[int]:
+            check_room(connection, limits, run, amounts, currency, planned=True)
+            return enter(connection, list(zip(raw, amounts, strict=True)), common, "reserved", currency)
+
+        self._file.require_space()
+        return self._file.commit("written", work)
+
+    def claim(
+        self,
+        keys: Sequence[str],
+        *,
+        run: str,
+        stage: str,
+        role: CallRole,
+        model: str,
+        limits: Limits | None = None,
+        tokens: Sequence[int] | None = None,
+        money: Sequence[int] | None = None,
+        currency: str = "",
+    ) -> Claim:
+        """Like :meth:`reserve`, but only what nobody has answered or is asking: two that want the same buy it once.
+
+        Attempts of processes that have died are settled first. Whoever finds a key *held* waits, looks it up, and
+        claims it again if it is still missing.
+        """
+        amounts = amounts_of(len(keys), tokens, money, "keys")
+        check_fit(limits, role)
+        raw = [self._vault.name(raw_key(key)) for key in keys]
+        common = (run, stage, role, model)
+
+        def work(connection: sqlite3.Connection) -> Claim:
+            busy = taken(connection, raw)
+            if busy:
+                settle_dead(connection)
+                busy = taken(connection, raw)
+            free = [n for n, name in enumerate(raw) if name not in busy]
+            check_room(connection, limits, run, [amounts[n] for n in free], currency, planned=True)
+            rows = [(raw[n], amounts[n]) for n in free]
+            ids = enter(connection, rows, common, "reserved", currency)
+            held = tuple(n for n, name in enumerate(raw) if name in busy)
+            return Claim(dict(zip(free, ids, strict=True)), held)
+
+        self._file.require_space()
+        return self._file.commit("written", work)
+
+    def mark_sent(
+        self,
+        ids: Sequence[int],
+        *,
+        tokens: Sequence[int] | None = None,
+        money: Sequence[int] | None = None,
+        limits: Limits | None = None,
+        again: Sequence[int] = (),
+    ) -> list[int]:
         """Note, durably, that these calls leave now; from here on they count as spent.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            Reserved attempts.
+        tokens, money : sequence of int, optional
+            Most that each call may take, in place of what :meth:`reserve` was told; first those of ``ids``, then
+            those of ``again``.
+        limits : Limits, optional
+            Checked in the same transaction against what is settled or sent (calls only planned have no claim yet).
+        again : sequence of int
+            Attempts that were sent before and are repeated: each repetition is one more call.
+
+        Returns
+        -------
+        list of int
+            Ids of the repetitions, in the order of ``again``.
 
         Raises
         ------
         LedgerError
-            If one of them is not reserved; then none is marked and none may be sent.
+            If one of ``ids`` is not reserved, or one of ``again`` is not there; then none may be sent.
+        BudgetExceededError
+            If a limit would be passed; none may be sent.
         """
-        with self._file.use("written", write=True) as connection:
-            query = "UPDATE attempt SET state = 'sent' WHERE id = ? AND state = 'reserved'"
-            marked = connection.executemany(query, [(i,) for i in ids]).rowcount if ids else 0
-            if marked != len(ids):
+        given = tokens is not None or money is not None
+        amounts = amounts_of(len(ids) + len(again), tokens, money, "ids and again")
+
+        def work(connection: sqlite3.Connection) -> list[int]:
+            query = "SELECT run, stage, role, model, currency, key FROM attempt WHERE id = ?"
+            # One by one: batches are small, and every id must be there.
+            rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
+            if rows and rows[0] is not None:
+                check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
+            change = ", estimate = ?, allowance = ?" if given else ""
+            values = [(*(amount if given else ()), n) for n, amount in zip(ids, amounts, strict=False)]
+            query = f"UPDATE attempt SET state = 'sent'{change} WHERE id = ? AND state = 'reserved'"
+            marked = connection.executemany(query, values).rowcount if values else 0
+            if marked != len(ids) or None in rows:
                 raise LedgerError(
                     f"Only {marked} of the {len(ids)} attempts to send are reserved in {self.path}.",
                     hint="Send each attempt once, after reserve() and before release().",
                 )
+            more = []
+            for row, amount in zip(rows[len(ids[:1]) :], amounts[len(ids) :], strict=True):
+                more += enter(connection, [(row[5], amount)], row[:4], "sent", row[4])
+            return more
+
+        self._file.require_space()
+        return self._file.commit("written", work)
 
     def record(self, answers: Sequence[Answer], failures: Sequence[Failure] = ()) -> None:
         """Store finished calls in one transaction; when this returns they survive ``kill -9``.
@@ -380,68 +412,95 @@ class Ledger:
 
         Raises
         ------
+        InputError
+            If the file keeps numbers only and an answer holds text.
         LedgerError
             If nothing could be stored, or an id belongs to no such call; answers are kept in the second case.
         """
         now = time.time()
-        rows, done = [], []
+        rows, done, more = [], [], []
         for one in answers:
-            usage = _counts(one.usage)
-            raw = raw_key(one.key)
-            row = [raw, _bytes(one.body), *usage, _bytes(one.model_returned), b"", SCHEMA, now]
-            row.append(_bytes(one.request))
-            row[6] = _row_hash(row)
+            (usage, cost), *shares = split(one.usage, one.cost, 1 + len(one.extra))
+            more += [(now, *counts(u), c, n) for (u, c), n in zip(shares, one.extra, strict=True)]
+            name = self._vault.name(raw_key(one.key))
+            body = self._vault.seal(as_bytes(one.body), name, "body")
+            request = self._vault.seal(as_bytes(one.request), name, "request")
+            used, later = counts(one.usage)[:3], counts(one.usage)[3:]
+            row = [name, body, *used, as_bytes(one.model_returned), b"", SCHEMA, now, request, *later]
+            row[6] = row_hash(row)
             rows.append(row)
-            done.append((now, *usage, one.attempt, raw))
-        lost = [(now, _printable(one.error), *_counts(one.usage), one.attempt) for one in failures]
-        marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
-        columns = "finished_at = ?, {} prompt_tokens = ?, completion_tokens = ?, cached_tokens = ?"
-        touched = 0
-        with self._file.use("written", write=True) as connection:
+            done.append((now, *counts(usage), cost, one.attempt, name))
+        lost = [
+            ("unknown" if one.uncertain else "failed", now, one, (*counts(one.usage), one.cost, one.attempt))
+            for one in failures
+        ]
+
+        def work(connection: sqlite3.Connection) -> int:
+            marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
             absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
             insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
             connection.executemany(insert, [(*row, row[0]) for row in rows])
+            touched = 0
+            columns = f"finished_at = ?, {USAGE_COLUMNS.replace(',', ' = ?,')} = ?"
             if done:
-                query = f"UPDATE attempt SET state = 'done', {columns.format('')} WHERE id = ? AND key = ?"
+                query = f"""UPDATE attempt SET state = 'done', {columns}, cost = coalesce(?, allowance)
+                    WHERE id = ? AND key = ?"""
                 touched += connection.executemany(query, done).rowcount
-            if lost:
-                query = f"UPDATE attempt SET state = 'failed', {columns.format('error = ?,')} WHERE id = ?"
-                touched += connection.executemany(query, lost).rowcount
-        if touched != len(done) + len(lost):
+            if more:
+                query = f"UPDATE attempt SET state = 'done', {columns}, cost = coalesce(?, allowance) WHERE id = ?"
+                touched += connection.executemany(query, more).rowcount
+            for state, when, one, numbers in lost:
+                found = connection.execute("SELECT key FROM attempt WHERE id = ?", (one.attempt,)).fetchone()
+                error = self._vault.seal_error(printable(one.error), found[0]) if found else None
+                query = f"UPDATE attempt SET state = ?, error = ?, {columns}, cost = ? WHERE id = ?"
+                touched += connection.execute(query, (state, error, when, *numbers)).rowcount
+            return touched
+
+        touched = self._file.commit("written", work)
+        wanted = len(done) + len(more) + len(lost)
+        if touched != wanted:
             # The answers themselves are kept: they are paid for whatever went wrong with the bookkeeping.
             raise LedgerError(
-                f"{len(done) + len(lost) - touched} recorded calls have no matching attempt in {self.path}.",
+                f"{wanted - touched} recorded calls have no matching attempt in {self.path}.",
                 hint="Pass the ids that reserve() returned, each with its own key.",
             )
         self._file.fold_wal()
 
     def fail(self, ids: Sequence[int], error: str) -> None:
-        """Note that these calls brought no answer; they do not count against the limits."""
+        """Note that these calls brought no answer and were not billed; they do not count against the limits."""
         self.record((), [Failure(i, error) for i in ids])
 
     def release(self, ids: Sequence[int]) -> None:
         """Give up calls: those not sent vanish, those sent become ``unknown``, finished ones stay."""
-        with self._file.use("written", write=True) as connection:
-            drop_attempts(connection, "id = ?", [(i,) for i in ids])
+        self._file.commit("written", lambda c: drop_attempts(c, "id = ?", [(i,) for i in ids]))
 
-    # -- inside a transaction
+    def price_earlier(
+        self, run: str, role: CallRole, model: str, currency: str, cost: Callable[[Usage], int]
+    ) -> None:
+        """Give the calls of a run that were recorded without a price one, so that a money limit counts them.
 
-    @staticmethod
-    def _check(connection: sqlite3.Connection, limits: Limits, run: str, calls: int, tokens: int) -> None:
-        query = """SELECT count(*), coalesce(sum(CASE state WHEN 'done' THEN prompt_tokens + completion_tokens
-            ELSE estimate END), 0) FROM attempt WHERE run = ? AND role = 'target' AND state != 'failed'"""
-        spent_calls, spent_tokens = connection.execute(query, (run,)).fetchone()
-        for name, limit, spent, asked in (
-            ("max_calls", limits.max_calls, spent_calls, calls),
-            ("max_tokens", limits.max_tokens, spent_tokens, tokens),
-        ):
-            # Calls of unknown size still need room for one token.
-            if limit is not None and calls and spent + max(asked, 1) > limit:
-                raise BudgetExceededError(
-                    f"{name}={limit}: run {run!r} has spent or reserved {spent} and asks for {asked} more; "
-                    "nothing was sent.",
-                    hint=f"Raise {name} to {spent + asked} or more, or ask for less; all answers are kept.",
-                )
+        Parameters
+        ----------
+        run, role, model : str
+        currency : str
+        cost : callable
+            Price of a call's usage in units of :data:`PICO`. A call of unknown outcome takes what the dearest
+            finished call of these costs.
+        """
+        where = "run = ? AND role = ? AND model = ? AND currency = ''"
+        these = (run, role, model)
+
+        def work(connection: sqlite3.Connection) -> None:
+            query = f"SELECT id, estimate, {USAGE_COLUMNS} FROM attempt WHERE {where}"
+            rows = connection.execute(query, these).fetchall()
+            costs = [(n, cost(Usage(*used)), cost(Usage(most, most))) for n, most, *used in rows]
+            dearest = max((amount for _, amount, _ in costs), default=0)
+            connection.executemany(
+                "UPDATE attempt SET cost = ?, allowance = ?, currency = ? WHERE id = ?",
+                [(amount, max(dearest, most), currency, n) for n, amount, most in costs],
+            )
+
+        self._file.commit("written", work)
 
     # -- damage
 
@@ -455,7 +514,7 @@ class Ledger:
                 # Checked again: another process may have set it aside and bought it anew.
                 query = f"SELECT {RESPONSE_COLUMNS} FROM response WHERE rowid = ?"
                 row = connection.execute(query, (rowid,)).fetchone()
-                if row is None or _intact(row):
+                if row is None or (intact(row) and self._opens(row)):
                     continue
                 connection.execute(
                     f"""INSERT INTO quarantine (set_aside_at, {RESPONSE_COLUMNS})
@@ -465,6 +524,13 @@ class Ledger:
                 connection.execute("DELETE FROM response WHERE rowid = ?", (rowid,))
                 moved += 1
         return moved
+
+    def _opens(self, row: Sequence[Any]) -> bool:
+        try:
+            self._stored("", row)
+        except LedgerCorruptError:
+            return False
+        return True
 
     def _report(self, moved: int, strict: bool) -> None:
         self.quarantined += moved
@@ -477,13 +543,3 @@ class Ledger:
             warnings.warn(
                 f"{message}; they count as not asked. Check the disk.", RuntimeWarning, stacklevel=3
             )
-
-
-def _sum_states(rows: Sequence[Sequence[Any]], by_model: Mapping[str, Totals] | None = None) -> Totals:
-    states: dict[str, int] = {}
-    for state, count, *_ in rows:
-        states[state] = states.get(state, 0) + count
-    prompt, completion, cached = (sum(row[column] for row in rows) for column in (2, 3, 4))
-    still_open = states.get("reserved", 0) + states.get("sent", 0)
-    outcome = (states.get("done", 0), states.get("failed", 0), states.get("unknown", 0), still_open)
-    return Totals(*outcome, prompt, completion, cached, by_model or {})

@@ -7,18 +7,19 @@ interrupts a batch, everything answered so far is kept and the same batch asked 
 from __future__ import annotations
 
 import functools
-import json
-import math
-import operator
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from typing import Any, Generic, Literal, SupportsIndex, TypeAlias, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, TypeAlias
 
 from ._journal import LedgerJournal, MemoryJournal, identity_hash
+from ._purchase import GENERATE, SCORE, A, Kind, Purchase, Q, Terms
+from ._token_bounds import likely_tokens, most_completion, most_tokens, n_bytes
 from .backends.base import (
     Backend,
     GenerateRequest,
@@ -27,7 +28,6 @@ from .backends.base import (
     Journal,
     OnTokens,
     Planner,
-    Rendered,
     Scorer,
     ScoreRequest,
     ScoreResult,
@@ -35,8 +35,10 @@ from .backends.base import (
     keeps_journal,
     masks_units,
 )
-from .errors import BackendError, InputError, LedgerCorruptError, LedgerError
-from .ledger import Answer, CallRole, Failure, Ledger, Limits, RequestKeys
+from .errors import BackendError, InputError, LedgerCorruptError
+from .ledger import PICO, CallRole, Claim, Ledger, Limits, RequestKeys
+from .money import call_bound, call_cost
+from .prices import Price
 
 __all__ = ["Meter", "MeterStats", "Progress", "StageStats"]
 
@@ -71,194 +73,6 @@ class MeterStats(StageStats):
     by_stage: Mapping[str, StageStats] = field(default_factory=dict)
 
 
-# --- results as JSON ----------------------------------------------------------------------------------
-
-Q = TypeVar("Q", bound=ScoreRequest | GenerateRequest)
-A = TypeVar("A", bound=ScoreResult | GenerateResult)
-
-
-def _encode_score(request: ScoreRequest, result: ScoreResult) -> str:
-    expected = len(request.candidates)
-    if len(result.logprobs) != expected or len(result.censored) not in (0, expected):
-        raise ValueError(
-            f"{len(result.logprobs)} logprobs and {len(result.censored)} marks for {expected} candidates"
-        )
-    values: list[float | str | None] = []
-    for value in result.logprobs:
-        if value is None:
-            values.append(None)
-        elif math.isnan(value) or value == math.inf:
-            raise ValueError(f"a log-probability of {value}; a missing one must be None")
-        else:
-            # JSON has no infinity; a probability that underflows to zero is a legitimate answer.
-            values.append(float(value) if value > -math.inf else "-inf")
-    body: dict[str, Any] = {"logprobs": values, "censored": [bool(mark) for mark in result.censored]}
-    if result.evidence != "logprobs":
-        body |= {"evidence": result.evidence, "samples": result.samples}
-    if result.fingerprint is not None:
-        body["fingerprint"] = result.fingerprint
-    return json.dumps(body, allow_nan=False, separators=(",", ":"))
-
-
-def _decode_score(body: str, usage: Usage, model: str | None) -> ScoreResult:
-    data = json.loads(body)
-    values = tuple(-math.inf if value == "-inf" else value for value in data["logprobs"])
-    return ScoreResult(
-        values,
-        tuple(data["censored"]),
-        usage,
-        model_returned=model,
-        evidence=data.get("evidence", "logprobs"),
-        samples=data.get("samples", 0),
-        fingerprint=data.get("fingerprint"),
-    )
-
-
-def _encode_text(request: GenerateRequest, result: GenerateResult) -> str:
-    if result.text is not None and not isinstance(result.text, str):
-        raise ValueError(f"a text of type {type(result.text).__name__}")
-    # ASCII escapes would join two lone surrogates into one character on the way back.
-    body = {"text": result.text}
-    if result.fingerprint is not None:
-        body["fingerprint"] = result.fingerprint
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-
-
-def _decode_text(body: str, usage: Usage, model: str | None) -> GenerateResult:
-    data = json.loads(body)
-    return GenerateResult(data["text"], usage, model_returned=model, fingerprint=data.get("fingerprint"))
-
-
-@dataclass(frozen=True)
-class _Kind(Generic[Q, A]):
-    name: Literal["score", "generate"]
-    encode: Callable[[Q, A], str]
-    decode: Callable[[str, Usage, str | None], A]
-
-
-_SCORE = _Kind("score", _encode_score, _decode_score)
-_GENERATE = _Kind("generate", _encode_text, _decode_text)
-
-
-# --- buying -------------------------------------------------------------------------------------------
-
-
-class _Purchase(Generic[Q, A]):
-    """The part of one batch that is not recorded: its attempts, and what has come back so far."""
-
-    def __init__(
-        self,
-        kind: _Kind[Q, A],
-        name: str,
-        requests: Sequence[Q],
-        keys: Sequence[str],
-        ids: Sequence[int],
-        ledger: Ledger | None,
-        document: Callable[[Q], str] | None,
-    ) -> None:
-        self._kind = kind
-        self._name = name
-        self.requests = requests
-        self._keys = keys
-        self._ids = ids
-        self._ledger = ledger
-        self._document = document
-        self._lock = threading.Lock()
-        self._sent: set[int] = set()
-        self._open = True
-        self.results: dict[int, A] = {}
-
-    def on_send(self, indices: Sequence[int]) -> None:
-        """Mark requests as sent; a backend may call this from its own threads, before each retry too."""
-        with self._lock:
-            if not self._open:
-                # A thread that outlives its batch must not spend: its attempts are already given up.
-                raise BackendError(f"The batch is over; {self._name} must not send any more of it.")
-            named = dict.fromkeys(self._require(index) for index in indices)
-            new = [index for index in named if index not in self._sent]
-            if self._ledger is not None and new:
-                self._ledger.mark_sent([self._ids[index] for index in new])
-            self._sent.update(new)
-
-    def take(self, block: Iterable[tuple[int, A]]) -> list[tuple[int, A, bool]]:
-        """Make a block durable; return its new results and whether each one is an answer."""
-        answers: list[Answer] = []
-        failures: list[Failure] = []
-        taken: dict[int, tuple[A, bool]] = {}
-        problem: BackendError | None = None
-        for named, result in block:
-            try:
-                index = self._require(named)
-                if index in self.results or index in taken:
-                    raise BackendError(f"{self._name} answered request {index} twice.", hint=_REPORT)
-                if result.error is None:
-                    answer = self._answer(index, result)
-                    # What is returned is what a later run will read back, to the last type.
-                    taken[index] = (self._kind.decode(answer.body, answer.usage, answer.model_returned), True)
-                    answers.append(answer)
-                else:
-                    taken[index] = (result, False)
-                    failures.append(Failure(self._id(index), result.error, result.usage))
-            except BackendError as error:
-                problem = error  # what came before it in the block is paid for: record that first
-                break
-        if self._ledger is not None and taken:
-            self._ledger.record(answers, failures)
-        self.results.update((index, result) for index, (result, _) in taken.items())
-        if problem is not None:
-            raise problem
-        return [(index, result, good) for index, (result, good) in taken.items()]
-
-    def finish(self) -> None:
-        """Check that nothing was left out."""
-        missing = [index for index in range(len(self.requests)) if index not in self.results]
-        if missing:
-            raise BackendError(
-                f"{self._name} answered {len(self.results)} of {len(self.requests)} requests; "
-                f"the first one missing is number {missing[0]}.",
-                hint=_REPORT,
-            )
-
-    def abandon(self) -> None:
-        """Refuse further sends; give up what has no result yet."""
-        with self._lock:
-            self._open = False
-        left = [number for index, number in enumerate(self._ids) if index not in self.results]
-        if self._ledger is not None and left:
-            # On the way out of another error: that one matters more, and opening the ledger again repairs it.
-            with suppress(LedgerError):
-                self._ledger.release(left)
-
-    def _require(self, index: SupportsIndex) -> int:
-        # NumPy integers are welcome: backends sort their batches.
-        try:
-            number = operator.index(index)
-        except TypeError:
-            number = -1
-        if not 0 <= number < len(self.requests):
-            raise BackendError(
-                f"{self._name} named request {index!r} of a batch of {len(self.requests)}.", hint=_REPORT
-            )
-        return number
-
-    def _id(self, index: int) -> int:
-        return self._ids[index] if self._ledger is not None else 0
-
-    def _answer(self, index: int, result: A) -> Answer:
-        request = self.requests[index]
-        try:
-            body = self._kind.encode(request, result)
-        except (TypeError, ValueError) as error:
-            raise BackendError(
-                f"{self._name} gave an invalid answer to request {index}: {error}.", hint=_REPORT
-            ) from error
-        text = None if self._document is None else self._document(request)
-        return Answer(self._id(index), self._keys[index], body, result.usage, result.model_returned, text)
-
-
-_REPORT = "This is a defect of the backend; every answer before it is kept."
-
-
 class Meter:
     """Asks one backend, through the ledger.
 
@@ -268,19 +82,26 @@ class Meter:
     ledger : Ledger or None
         Without one nothing is kept and every batch is asked anew.
     role : {"target", "proxy"}
-        Requests to a target are stored with their text, requests to a proxy only as hashes.
+        Requests to a target are stored with their text (if the ledger keeps texts), requests to a proxy as hashes only.
     run : str
         Name under which the calls are counted.
     limits : Limits, optional
-        Bound the target's calls of this run; need a ledger.
+        Bound the calls of this run; need a ledger. Calls and tokens bound a target only, money any role.
     on_tokens : callable, optional
         Handed to the backend; called with the number of tokens computed since the last call.
+    price : Price, optional
+        What the model charges; needed with a limit on money. A backend with ``batch = True`` pays its batch rates.
+    patience : float
+        Seconds to wait for another process that is asking the same thing and makes no progress, before it is asked
+        here too.
 
     Notes
     -----
-    Two processes that ask the same thing at the same moment may both buy it; both calls are counted, and the
-    first answer stays. Where neither the backend can count tokens nor a call is finished, ``max_tokens``
-    counts one token per three bytes of UTF-8, an estimate.
+    A batch that is expected to pass a limit is refused before anything is sent. Then each call is checked again as it
+    leaves, at the most it may take: the model's own tokenizer or one token per byte for the prompt, ``max_tokens`` for
+    the answer. So a limit is never passed, and nearly all of it can be used.
+
+    What another process, or another meter, is asking at the moment is not bought again: this one waits for the answer.
     """
 
     def __init__(
@@ -292,10 +113,13 @@ class Meter:
         run: str,
         limits: Limits | None = None,
         on_tokens: OnTokens | None = None,
+        price: Price | None = None,
+        patience: float = 900.0,
     ) -> None:
         if role not in ("target", "proxy"):
             raise InputError(f"role={role!r} must be 'target' or 'proxy'.")
-        if limits is not None and (ledger is None or role != "target"):
+        counted = limits is not None and (limits.max_calls, limits.max_tokens) != (None, None)
+        if limits is not None and (ledger is None or (counted and role != "target")):
             raise InputError(
                 f"limits={limits!r} need role='target' and a ledger, which does the counting.",
                 hint="Open one with Ledger(path), or leave the limits out.",
@@ -306,8 +130,31 @@ class Meter:
         self.run = run
         self._limits = limits
         self._on_tokens = on_tokens
+        self._price = price
+        self._patience = patience
         self._lock = threading.Lock()
         self._counts: dict[str, dict[str, Any]] = {}
+        self._bytes = self._prompt_tokens = 0
+        self._excess = Decimal(1)
+        if limits is not None and limits.max_money is not None:
+            self._require_price(limits.currency)
+
+    def _require_price(self, currency: str) -> None:
+        price, name = self._price, self.backend.name
+        if price is None:
+            raise InputError(
+                f"max_money is set, and {name} has no price; a limit on money cannot be kept without one.",
+                hint="Give the price ([price] input_per_million and output_per_million), or limit calls or tokens.",
+            )
+        call_bound(1, 1, price)  # refuses a price without completion tokens
+        if price.currency != currency:
+            if not call_bound(1, 1, price):
+                self._price = replace(price, currency=currency)  # nothing is nothing in any currency
+                return
+            raise InputError(
+                f"max_money is in {currency}, but the price of {name} is in {price.currency}.",
+                hint="Give the limit in the currency of the price.",
+            )
 
     @property
     def stats(self) -> MeterStats:
@@ -360,7 +207,7 @@ class Meter:
             )
         if not isinstance(self.backend, Scorer):
             raise InputError(f"The backend {self.backend.name!r} gives text only.", hint="Use generate().")
-        return self._ask(_SCORE, self.backend.score, list(requests), stage, progress, repeat)
+        return self._ask(SCORE, self.backend.score, list(requests), stage, progress, repeat)
 
     def generate(
         self,
@@ -373,11 +220,16 @@ class Meter:
         """Give a text for every request; see :meth:`score`."""
         if not isinstance(self.backend, Generator):
             raise InputError(f"The backend {self.backend.name!r} gives no text.", hint="Use score().")
-        return self._ask(_GENERATE, self.backend.generate, list(requests), stage, progress, repeat)
+        if self.ledger is not None and self.ledger.store == "hash":
+            raise InputError(
+                f"The ledger {self.ledger.path} keeps numbers only (store = 'hash'), and a generated text is none.",
+                hint="Use a ledger with store = 'encrypted' or 'full' for tasks with generated text.",
+            )
+        return self._ask(GENERATE, self.backend.generate, list(requests), stage, progress, repeat)
 
     def _ask(
         self,
-        kind: _Kind[Q, A],
+        kind: Kind[Q, A],
         call: Callable[..., Iterator[Sequence[tuple[int, A]]]],
         requests: list[Q],
         stage: str,
@@ -392,31 +244,64 @@ class Meter:
         self._count(stage, requested=len(keys), deduplicated=len(keys) - len(copies), reused=len(results))
         if progress is not None:
             progress(done, len(keys))
+        # Proxies' prompts are rendered again at no cost; those of a target show what was paid for.
+        document = maker.document if self.role == "target" else None
+
+        def advance(new: Mapping[str, A]) -> None:
+            nonlocal done
+            results.update(new)
+            done += sum(copies[key] for key in new)
+            if progress is not None:
+                progress(done, len(keys))
+
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in results}
-        if missing:
+        if missing and keeps_journal(self.backend):
+            self._journal(list(missing), take_over=True)
+        patience = _Patience(self._patience)
+        while missing:
             names, wanted = list(missing), list(missing.values())
-            if keeps_journal(self.backend):
-                call = functools.partial(call, journal=self._journal(names))
-            ids = self._reserve(names, wanted, stage)
-            # Proxies' prompts are rendered again at no cost; those of a target show what was paid for.
-            document = maker.document if self.role == "target" else None
-            purchase = _Purchase(kind, self.backend.name, wanted, names, ids, self.ledger, document)
+            claim = self._claim(names, wanted, stage, force=patience.over)
+            if claim.attempts:
+                mine = list(claim.attempts)
+                bought = [names[n] for n in mine]
+                purchase = Purchase(
+                    kind,
+                    self.backend.name,
+                    [wanted[n] for n in mine],
+                    bought,
+                    list(claim.attempts.values()),
+                    self.ledger,
+                    document,
+                    self._terms(),
+                )
 
-            def accept(block: list[tuple[int, A, bool]]) -> None:
-                nonlocal done
-                self._count_bought(stage, block)
-                for index, result, _ in block:
-                    results[names[index]] = result
-                    done += copies[names[index]]
-                if progress is not None:
-                    progress(done, len(keys))
+                def accept(block: list[tuple[int, A, bool]], names: list[str] = bought) -> None:
+                    self._count_bought(stage, block)
+                    advance({names[index]: result for index, result, _ in block})
 
-            self._buy(purchase, call, stage, accept)
+                send = (
+                    functools.partial(call, journal=self._journal(bought))
+                    if keeps_journal(self.backend)
+                    else call
+                )
+                self._buy(purchase, send, stage, accept)
+            elif not claim.held:
+                break
+            held = [names[n] for n in claim.held]
+            if held:
+                if not claim.attempts:
+                    patience.wait()
+                found = self._recorded(kind, held, stage)
+                if found:
+                    patience.renew()
+                    self._count(stage, reused=len(found))
+                    advance(found)
+            missing = {key: missing[key] for key in held if key not in results}
         return [results[key] for key in keys]
 
     def _buy(
         self,
-        purchase: _Purchase[Q, A],
+        purchase: Purchase[Q, A],
         call: Callable[..., Iterator[Sequence[tuple[int, A]]]],
         stage: str,
         accept: Callable[[list[tuple[int, A, bool]]], None],
@@ -433,8 +318,11 @@ class Meter:
                     self._count(stage, seconds=time.perf_counter() - started)
                 if block is None:
                     break
-                accept(purchase.take(block))
+                new = purchase.take(block)
                 block = None
+                for index, result, _ in new:
+                    self._learn(purchase.requests[index], result.usage)
+                accept(new)
             purchase.finish()
         except KeyboardInterrupt:
             if block is not None:
@@ -450,7 +338,7 @@ class Meter:
             finally:
                 purchase.abandon()
 
-    def _recorded(self, kind: _Kind[Q, A], keys: Iterable[str], stage: str) -> dict[str, A]:
+    def _recorded(self, kind: Kind[Q, A], keys: Iterable[str], stage: str) -> dict[str, A]:
         if self.ledger is None:
             return {}
         results: dict[str, A] = {}
@@ -468,35 +356,99 @@ class Meter:
         self._count(stage, prompt_tokens_reused=prompt, completion_tokens_reused=completion)
         return results
 
-    def _journal(self, keys: list[str]) -> Journal:
+    def _journal(self, keys: list[str], *, take_over: bool = False) -> Journal:
         """The backend's journal; what an earlier process left under way is taken over, not paid for twice."""
         if self.ledger is None:
             return MemoryJournal(keys)
         journal = LedgerJournal(
             self.ledger, f"{self.backend.name}@{identity_hash(self.backend.identity)}", keys
         )
-        journal.take_over(self.backend.under_way(journal))  # type: ignore[attr-defined]
+        if take_over:
+            journal.take_over(self.backend.under_way(journal))  # type: ignore[attr-defined]
         return journal
 
-    def _reserve(self, keys: list[str], requests: Sequence[Q], stage: str) -> list[int]:
+    def _claim(
+        self, keys: list[str], requests: Sequence[ScoreRequest | GenerateRequest], stage: str, *, force: bool
+    ) -> Claim:
         if self.ledger is None:
-            return []
-        tokens = None
-        if self._limits is not None and self._limits.max_tokens is not None:
-            tokens = [self._estimate(request) for request in requests]
-        model = self.backend.name
-        return self.ledger.reserve(
-            keys, run=self.run, stage=stage, role=self.role, model=model, limits=self._limits, tokens=tokens
-        )
+            return Claim(dict.fromkeys(range(len(keys)), 0), ())
+        limits, tokens, money = self._limits, None, None
+        if limits is not None and (limits.max_tokens, limits.max_money) != (None, None):
+            likely = [self._likely(request) for request in requests]
+            tokens = [prompt + completion for prompt, completion in likely]
+            money = [self._amount(*pair) for pair in likely]
+        currency = self._price.currency if self._price is not None else ""
+        terms: dict[str, Any] = {
+            "run": self.run, "stage": stage, "role": self.role, "model": self.backend.name, "limits": limits,
+            "tokens": tokens, "money": money, "currency": currency,
+        }  # fmt: skip
+        if force:
+            return Claim(dict(enumerate(self.ledger.reserve(keys, **terms))), ())
+        return self.ledger.claim(keys, **terms)
 
-    def _estimate(self, request: ScoreRequest | GenerateRequest) -> int:
-        if isinstance(self.backend, Planner):
-            prompt = self.backend.count_tokens(request.prompt)
-        else:
-            prompt = _rough_tokens(request.prompt)
+    def _terms(self) -> Terms:
+        unlimited = self._limits is None or not self._limits.any
+        if unlimited and self._price is None:
+            return Terms()
+        return Terms(self._limits, self._most, self._cost)
+
+    def _likely(self, request: ScoreRequest | GenerateRequest) -> tuple[int, int]:
+        """Prompt and completion tokens that a call will probably take."""
+        with self._lock:
+            per_byte = self._prompt_tokens / self._bytes if self._bytes and self._prompt_tokens else None
+        prompt = likely_tokens(request.prompt, self.backend, per_byte)
         if isinstance(request, GenerateRequest):
-            return prompt + request.max_tokens
-        return prompt + max((_rough_tokens(candidate) for candidate in request.candidates), default=0)
+            return prompt, request.max_tokens
+        return prompt, max((likely_tokens(candidate) for candidate in request.candidates), default=0)
+
+    def _most(self, request: ScoreRequest | GenerateRequest) -> tuple[int, int]:
+        """Tokens and money that a call may take at most."""
+        prompt = int(
+            (most_tokens(request.prompt, self.backend) * self._excess).to_integral_value(ROUND_CEILING)
+        )
+        completion = most_completion(request, self.backend)
+        return prompt + completion, self._amount(prompt, completion)
+
+    @property
+    def _in_batch(self) -> bool:
+        return bool(getattr(self.backend, "batch", False))
+
+    def _amount(self, prompt_tokens: int, completion_tokens: int) -> int:
+        if self._price is None:
+            return 0
+        if self._price.rates.output is None:
+            # Without a limit on money this is for information, and what is not known is left out.
+            completion_tokens, price = (
+                0,
+                replace(self._price, rates=replace(self._price.rates, output=Decimal(0))),
+            )
+        else:
+            price = self._price
+        return _picos(call_bound(prompt_tokens, completion_tokens, price, batch=self._in_batch))
+
+    def _cost(self, usage: Usage) -> int | None:
+        if self._price is None:
+            return None
+        cost = call_cost(usage, self._price, batch=self._in_batch)
+        return None if cost is None else _picos(cost)
+
+    def _learn(self, request: ScoreRequest | GenerateRequest, usage: Usage) -> None:
+        """Keep in mind how many tokens a byte makes, and whether a bound was too low."""
+        if isinstance(self.backend, Planner) or not usage.prompt_tokens:
+            return
+        most = most_tokens(request.prompt)
+        with self._lock:
+            self._bytes += n_bytes(request.prompt)
+            self._prompt_tokens += usage.prompt_tokens
+            if usage.prompt_tokens <= most * self._excess:
+                return
+            self._excess = Decimal(usage.prompt_tokens) / most
+        warnings.warn(
+            f"{self.backend.name} counts {usage.prompt_tokens} tokens for a prompt of at most {most} by its bytes; from"
+            " now on more is set aside for each call.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _count_bought(self, stage: str, block: list[tuple[int, A, bool]]) -> None:
         self._count(
@@ -514,6 +466,28 @@ class Meter:
                 counts[name] = counts.get(name, 0) + amount
 
 
-def _rough_tokens(prompt: Rendered) -> int:
-    texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
-    return sum(len(text.encode("utf-8", "surrogatepass")) // 3 + 1 for text in texts)
+class _Patience:
+    """Waits longer and longer for others, and says when it has been long enough."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """There was progress."""
+        self._pause = 0.02
+        self._deadline = time.monotonic() + self._seconds
+
+    def wait(self) -> None:
+        """One pause."""
+        time.sleep(max(0.0, min(self._pause, self._deadline - time.monotonic())))
+        self._pause = min(1.0, 1.5 * self._pause)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing has moved for so long that waiting makes no sense."""
+        return time.monotonic() >= self._deadline
+
+
+def _picos(amount: Decimal) -> int:
+    return int((amount * PICO).to_integral_value(ROUND_CEILING))

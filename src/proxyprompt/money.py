@@ -13,11 +13,22 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from ._provider_caching import CachingRule
-from .backends.base import Rendered
+from .backends.base import Rendered, Usage
 from .errors import InputError
 from .prices import Price, Quote, Rates, Unpriced
 
-__all__ = ["Bill", "Call", "RunCost", "Term", "bill_call", "bill_run", "break_even_calls", "stable_tokens"]
+__all__ = [
+    "Bill",
+    "Call",
+    "RunCost",
+    "Term",
+    "bill_call",
+    "bill_run",
+    "break_even_calls",
+    "call_bound",
+    "call_cost",
+    "stable_tokens",
+]
 
 _MILLION = Decimal(1_000_000)
 
@@ -203,6 +214,67 @@ def bill_run(rows: Sequence[Mapping[str, Any]], target: Quote, proxies: Mapping[
             terms.append(Term("output", Decimal(completion), rates.output))
         bills.append((row["stage"], row["role"], model, Bill(tuple(t for t in terms if t.tokens))))
     return RunCost(tuple(bills), tuple(gaps))
+
+
+def call_cost(usage: Usage, price: Price, *, batch: bool = False) -> Decimal | None:
+    """What one call costs, as far as a limit on money is concerned: never less than the bill.
+
+    Parameters
+    ----------
+    usage : Usage
+    price : Price
+    batch : bool
+
+    Returns
+    -------
+    Decimal or None
+        ``None`` where the usage or a price that it needs is not known.
+
+    Notes
+    -----
+    Where writing to the cache costs more than reading the prompt anew and the usage names no token as written, all that
+    were not read from the cache are taken to be: not every server says.
+    """
+    rates = price.at(usage.prompt_tokens, batch=batch) or price.at(usage.prompt_tokens)
+    assert rates is not None
+    if not (usage.prompt_tokens or usage.completion_tokens):
+        return Decimal(0) if _free(rates) else None
+    if usage.completion_tokens and rates.output is None:
+        return None
+    cached = min(usage.cached_tokens, usage.prompt_tokens) if rates.cached_input is not None else 0
+    rest, write = usage.prompt_tokens - cached, max(rates.input, rates.cache_write or rates.input)
+    written = min(usage.cache_write_tokens, rest) or rest
+    total = written * write + (rest - written) * rates.input + cached * (rates.cached_input or 0)
+    return (total + usage.completion_tokens * (rates.output or 0)) / _MILLION
+
+
+def call_bound(prompt_tokens: int, completion_tokens: int, price: Price, *, batch: bool = False) -> Decimal:
+    """The most that a call of at most so many tokens can cost: at the dearest of the price's tiers.
+
+    Raises
+    ------
+    InputError
+        If the price says nothing of completion tokens.
+    """
+    bounds = []
+    for tokens in (0, *(start + 1 for start, *_ in price.tiers)):
+        if tokens and tokens > prompt_tokens:
+            continue
+        rates = price.at(tokens, batch=batch) or price.at(tokens)
+        assert rates is not None
+        if rates.output is None:
+            raise InputError(
+                f"The price of {price.name or 'the model'} ({price.source}) says nothing of completion tokens; money"
+                " cannot be limited with it.",
+                hint="Give price_output_per_million ([price] output_per_million).",
+            )
+        dearest = max(rates.input, rates.cache_write or rates.input)
+        bounds.append((prompt_tokens * dearest + completion_tokens * rates.output) / _MILLION)
+    return max(bounds)
+
+
+def _free(rates: Rates) -> bool:
+    return not any((rates.input, rates.output, rates.cached_input, rates.cache_write))
 
 
 def break_even_calls(run_cost: Decimal, saved: Decimal) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxyprompt._purchase import GENERATE, SCORE
 from proxyprompt.backends.base import (
     GenerateRequest,
     GenerateResult,
@@ -25,9 +27,11 @@ from proxyprompt.backends.base import (
 )
 from proxyprompt.errors import BackendError, BudgetExceededError, InputError, LedgerCorruptError, LedgerError
 from proxyprompt.ledger import Answer, Ledger, Limits, request_key
-from proxyprompt.metering import _GENERATE, _SCORE, Meter
+from proxyprompt.metering import Meter
+from proxyprompt.prices import own_price
 
 IDENTITY = {"model": "fake"}
+PRICE = own_price(input=1_000, output=10_000, cached_input=100)
 Block = Sequence[tuple[Any, ScoreResult]]
 
 
@@ -306,14 +310,80 @@ def test_a_thread_that_outlives_its_batch_cannot_send(ledger: Ledger) -> None:
         backend.on_send([0])
 
 
-def test_marking_a_retry_as_sent_again_is_one_call(ledger: Ledger) -> None:
-    class Retrying(FakeScorer):
-        def score(self, requests: Any, *, on_send: Any = None, on_tokens: Any = None) -> Iterator[Block]:
-            on_send([0])
-            yield from super().score(requests, on_send=on_send)
+class Announcing(FakeScorer):
+    """Announces request 0 so many times, and says so many of these calls may have been billed without an answer."""
 
-    target(Retrying(), ledger).score(requests_of(1), stage="a")
-    assert ledger.totals().done == 1
+    def __init__(
+        self, times: int, uncertain: int, error: str | None = None, usage: Usage | None = None
+    ) -> None:
+        super().__init__()
+        self.times, self.uncertain, self.error = times, uncertain, error
+        self.usage = Usage(10, 5, 3) if usage is None else usage
+
+    def score(self, requests: Any, *, on_send: Any = None, on_tokens: Any = None) -> Iterator[Block]:
+        for _ in range(self.times):
+            on_send([0])
+        values = (None, None) if self.error else (-1.0, -2.0)
+        yield [(0, ScoreResult(values, (), self.usage, self.error, uncertain=self.uncertain))]
+
+
+@pytest.mark.parametrize(
+    ("times", "uncertain", "error", "usage", "done", "failed", "unknown"),
+    [
+        (1, 0, None, Usage(10, 5, 3), 1, 0, 0),
+        (3, 0, None, Usage(10, 5, 3), 3, 0, 0),  # three samples, their usage summed up
+        (3, 2, None, Usage(10, 5, 3), 1, 0, 2),  # two retries after a time limit
+        (1, 1, "no answer", Usage(), 0, 0, 1),
+        (2, 1, "cut short", Usage(10, 5, 3), 0, 1, 1),  # one lost, one billed and unreadable
+        (1, 0, "refused", Usage(), 0, 1, 0),
+    ],
+)
+def test_every_announced_call_is_counted_once(
+    ledger: Ledger,
+    times: int,
+    uncertain: int,
+    error: str | None,
+    usage: Usage,
+    done: int,
+    failed: int,
+    unknown: int,
+) -> None:
+    meter = target(Announcing(times, uncertain, error, usage), ledger, price=PRICE)
+    meter.score(requests_of(4), stage="a")
+    totals = ledger.totals()
+    assert (totals.done, totals.failed, totals.unknown, totals.open) == (done, failed, unknown, 0)
+    assert (totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens) == (
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+    )
+    # 7 plain tokens, 3 cached ones, 5 of the answer; an unknown call costs what was set aside: 20 bytes and overhead.
+    billed = Decimal(7 * 1_000 + 3 * 100 + 5 * 10_000) / 10**6 if usage.prompt_tokens else Decimal(0)
+    aside = Decimal((4 + 16) * 1_000 + 8 * 10_000) / 10**6
+    assert sum(totals.money.values()) == billed + unknown * aside
+
+
+def test_a_limit_stops_the_retry_that_would_pass_it(ledger: Ledger) -> None:
+    with pytest.raises(BudgetExceededError, match="max_calls=2"):
+        target(Announcing(3, 2), ledger, limits=Limits(max_calls=2)).score(requests_of(1), stage="a")
+    totals = ledger.totals()
+    assert (totals.done, totals.unknown, totals.open) == (0, 2, 0)
+
+
+def test_more_lost_calls_than_announced_ones_are_a_defect(ledger: Ledger) -> None:
+    with pytest.raises(BackendError, match="says that 2 of 1 announced calls"):
+        target(Announcing(1, 2, "lost"), ledger).score(requests_of(1), stage="a")
+
+
+@pytest.mark.parametrize("usage", [Usage(10**30, 1), Usage(-1, 1), Usage(1.5, 1), Usage()])  # type: ignore[arg-type]
+def test_an_impossible_usage_loses_no_answer_and_costs_what_was_set_aside(
+    ledger: Ledger, usage: Usage
+) -> None:
+    meter = target(Announcing(1, 0, usage=usage), ledger, price=PRICE)
+    assert meter.score(requests_of(4), stage="a")[0].usage == Usage()
+    totals = ledger.totals()
+    assert (totals.done, totals.prompt_tokens) == (1, 0)
+    assert totals.money == {"USD": Decimal("0.1")}
 
 
 # --- texts, roles, limits -------------------------------------------------------------------------------
@@ -366,7 +436,13 @@ def test_token_limits_use_the_backends_count_or_an_estimate(ledger: Ledger) -> N
         target(FakeGenerator(), ledger, limits=Limits(max_tokens=40)).generate(
             [GenerateRequest("x", 40)], stage="a"
         )
-    target(FakeScorer(), ledger, limits=Limits(max_tokens=23)).score([chat], stage="a")
+    # The plan fits, but the call itself is sent only if it fits at one token a byte: 60, the answer, and overhead.
+    most = 60 + 256 + 2 * 16 + 8
+    with pytest.raises(BudgetExceededError, match=f"asks for {most} more"):
+        target(FakeScorer(), ledger, limits=Limits(max_tokens=most - 1)).score([chat], stage="a")
+    backend = FakeScorer()
+    target(backend, ledger, limits=Limits(max_tokens=most)).score([chat], stage="a")
+    assert (len(backend.sent), ledger.totals().open) == (1, 0)
 
 
 def test_eight_threads_never_overspend(ledger: Ledger) -> None:
@@ -431,8 +507,8 @@ def test_scores_come_back_exactly(
 ) -> None:
     marks = tuple(mark for _, mark in pairs) if marked else ()
     result = ScoreResult(tuple(value for value, _ in pairs), marks, usage, None, model)
-    body = _SCORE.encode(ScoreRequest("", ("",) * len(pairs)), result)
-    back = _SCORE.decode(body, usage, model)
+    body = SCORE.encode(ScoreRequest("", ("",) * len(pairs)), result)
+    back = SCORE.decode(body, usage, model)
     assert back == result
     assert str(back.logprobs) == str(result.logprobs)  # tells -0.0 from 0.0
 
@@ -441,4 +517,4 @@ def test_scores_come_back_exactly(
 @given(st.none() | ANY_TEXT, USAGE)
 def test_texts_come_back_exactly(text: str | None, usage: Usage) -> None:
     result = GenerateResult(text, usage)
-    assert _GENERATE.decode(_GENERATE.encode(GenerateRequest(""), result), usage, None) == result
+    assert GENERATE.decode(GENERATE.encode(GenerateRequest(""), result), usage, None) == result

@@ -1,0 +1,126 @@
+"""Many threads, one write to the disk: a durable commit costs milliseconds, so those who come together share it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from .errors import ProxyPromptError
+
+__all__ = ["CommitQueue", "Job"]
+
+T = TypeVar("T")
+Job: TypeAlias = Callable[[sqlite3.Connection], T]
+
+_MOST_JOBS = 512
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A piece of writing that waits for its commit."""
+
+    work: Job[Any]
+    result: Any = None
+    error: BaseException | None = None
+    done: bool = False
+
+
+class CommitQueue:
+    """Group commit without a thread of its own.
+
+    While one thread waits for the disk, the others queue up for the lock; the first to get it takes the whole queue into
+    its transaction, and the rest find their work done. Each piece stands in a savepoint, so that an error of one leaves
+    the others as they are.
+
+    Parameters
+    ----------
+    use : callable
+        ``use(action)`` lends the connection, and rolls back on leaving what is not committed.
+    explained : callable
+        Turns an error of SQLite into one of ours.
+    lock : RLock
+        Held while the connection is in use.
+    """
+
+    def __init__(
+        self,
+        use: Callable[[str], AbstractContextManager[sqlite3.Connection]],
+        explained: Callable[[str, Exception], ProxyPromptError],
+        lock: threading.RLock,
+    ) -> None:
+        self._use = use
+        self._explained = explained
+        self._lock = lock
+        self._queue: deque[_Waiting] = deque()
+
+    def forget(self) -> None:
+        """Drop what waits: after a fork its threads do not exist."""
+        self._queue.clear()
+
+    def run(self, action: str, work: Job[T]) -> T:
+        """Run ``work`` in a durable transaction and return what it returns, or raise what it raises."""
+        mine = _Waiting(work)
+        self._queue.append(mine)
+        try:
+            with self._lock:
+                while not mine.done:
+                    self._commit_queue(action)
+        finally:
+            if not mine.done:  # interrupted while waiting
+                with suppress(ValueError):
+                    self._queue.remove(mine)
+        if mine.error is not None:
+            raise mine.error
+        return mine.result  # type: ignore[no-any-return]
+
+    def _commit_queue(self, action: str) -> None:
+        jobs = [self._queue.popleft() for _ in range(min(len(self._queue), _MOST_JOBS))]
+        committing = committed = False
+        try:
+            with self._use(action) as connection:
+                try:
+                    connection.execute("BEGIN IMMEDIATE")
+                    for job in jobs:
+                        self._run_job(connection, job, action, alone=len(jobs) == 1)
+                    committing = True
+                    connection.execute("COMMIT")
+                    committed = True
+                except KeyboardInterrupt:
+                    # It may have come just after the commit.
+                    committed = committing and not connection.in_transaction
+                    raise
+        except ProxyPromptError as error:
+            for job in jobs:
+                # An error object of its own for each thread, as each adds its own traceback.
+                job.error, job.done = type(error)(error.message, hint=error.hint), True
+                job.error.__cause__ = error.__cause__
+            return
+        except BaseException:
+            if not committed:
+                self._queue.extendleft(reversed(jobs))
+            raise
+        finally:
+            if committed:
+                for job in jobs:
+                    job.done = True
+
+    def _run_job(self, connection: sqlite3.Connection, job: _Waiting, action: str, *, alone: bool) -> None:
+        job.error = job.result = None
+        if not alone:
+            connection.execute("SAVEPOINT job")
+        try:
+            job.result = job.work(connection)
+        except Exception as error:
+            # A full disk and the like end the transaction for all.
+            if alone or not connection.in_transaction:
+                raise
+            foreign = isinstance(error, sqlite3.Error | UnicodeDecodeError)
+            job.error = self._explained(action, error) if foreign else error
+            connection.execute("ROLLBACK TO job")
+        if not alone:
+            connection.execute("RELEASE job")

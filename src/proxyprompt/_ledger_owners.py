@@ -1,0 +1,61 @@
+"""Whose attempts are open: by host, process and its birth; what becomes of those whose process is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["birth_of", "drop_attempts", "owner", "settle_dead"]
+
+
+def owner() -> tuple[str, int, str]:
+    """Host, process and birth of this process."""
+    pid = os.getpid()
+    return socket.gethostname(), pid, birth_of(pid)
+
+
+def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
+    """Inside a transaction: settle the attempts of processes that are gone; ``alone``: of all others."""
+    query = "SELECT DISTINCT host, pid, born FROM attempt WHERE state IN ('reserved', 'sent')"
+    owners = connection.execute(query).fetchall()
+    if not alone:
+        # Windows has no harmless signal 0; there rows of dead processes stay as they are.
+        here = socket.gethostname() if os.name == "posix" else None
+        owners = [one for one in owners if one[0] == here and not _alive(one[1], one[2])]
+    if owners:
+        drop_attempts(connection, "host = ? AND pid = ? AND born = ?", owners)
+
+
+def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:
+    """Inside a transaction: attempts not sent vanish, those sent become unknown, finished ones stay."""
+    connection.executemany(f"DELETE FROM attempt WHERE state = 'reserved' AND {where}", values)
+    query = f"UPDATE attempt SET state = 'unknown', finished_at = ? WHERE state = 'sent' AND {where}"
+    connection.executemany(query, [(time.time(), *value) for value in values])
+
+
+def birth_of(pid: int) -> str:
+    """When a process began, in ticks since which boot; empty where that cannot be known.
+
+    Process numbers are used again, and a reservation must not wait for a namesake.
+    """
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+    return f"{boot[:13]}/{stat_line.rpartition(')')[2].split()[19]}"
+
+
+def _alive(pid: int, born: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    now = birth_of(pid)
+    return not born or not now or now == born

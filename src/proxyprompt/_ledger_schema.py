@@ -1,0 +1,120 @@
+"""Tables of the ledger, and how older files become newer ones."""
+
+from __future__ import annotations
+
+import sqlite3
+
+__all__ = [
+    "APPLICATION_ID",
+    "RESPONSE_COLUMNS",
+    "SCHEMA",
+    "SUMS",
+    "USAGE_COLUMNS",
+    "create_tables",
+    "migrate",
+    "pragma",
+]
+
+SCHEMA = 2
+APPLICATION_ID = 0x50504C31
+
+_FIRST_COLUMNS = (
+    "key, body, prompt_tokens, completion_tokens, cached_tokens, "
+    "model_returned, sha256, schema, created_at, request"
+)
+RESPONSE_COLUMNS = f"{_FIRST_COLUMNS}, cache_write_tokens, reasoning_tokens"
+"""In the order in which rows are read, written and hashed."""
+USAGE_COLUMNS = "prompt_tokens, completion_tokens, cached_tokens, cache_write_tokens, reasoning_tokens"
+"""Of an attempt, in the order of :class:`~proxyprompt.backends.base.Usage`."""
+
+_FIRST = (
+    """CREATE TABLE attempt (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, run TEXT NOT NULL,
+    stage TEXT NOT NULL, role TEXT NOT NULL CHECK (role IN ('target', 'proxy')), model TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'sent', 'done', 'failed', 'unknown')),
+    host TEXT NOT NULL, pid INTEGER NOT NULL, created_at REAL NOT NULL, finished_at REAL, error TEXT,
+    estimate INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE INDEX attempt_run ON attempt (run, role)",
+    """CREATE TABLE response (key BLOB NOT NULL, body BLOB NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+    model_returned BLOB, sha256 BLOB NOT NULL, schema INTEGER NOT NULL, created_at REAL NOT NULL,
+    request BLOB)""",
+    # Not unique, although keys are: a damaged key must never stand in the way of rebuilding the index.
+    "CREATE INDEX response_key ON response (key)",
+    # No types and no rules: a damaged row may hold anything.
+    f"CREATE TABLE quarantine (set_aside_at REAL NOT NULL, {_FIRST_COLUMNS})",
+)
+
+
+def counted(row: str) -> tuple[str, str, str]:
+    """Calls, tokens and money of an attempt that count against limits, as SQL over the columns of ``row``.
+
+    A failure that reports tokens was billed. Where a call ended without any report, or has not ended, what was set
+    aside for it counts.
+    """
+    used = f"{row}prompt_tokens + {row}completion_tokens"
+    return (
+        f"({row}state != 'failed' OR {used} > 0)",
+        f"(CASE WHEN {row}state IN ('done', 'failed') AND {used} > 0 THEN {used}"
+        f" WHEN {row}state = 'failed' THEN 0 ELSE {row}estimate END)",
+        f"(CASE WHEN {row}state IN ('done', 'failed') THEN {row}cost ELSE {row}allowance END)",
+    )
+
+
+def _add(row: str, sign: str) -> str:
+    calls, tokens, money = counted(f"{row}.")
+    return f"""INSERT INTO spent VALUES ({row}.run, {row}.role, {row}.state, {row}.currency,
+        {sign}{calls}, {sign}{tokens}, {sign}{money})
+        ON CONFLICT (run, role, state, currency) DO UPDATE SET calls = calls + excluded.calls,
+        tokens = tokens + excluded.tokens, money = money + excluded.money;"""
+
+
+_CALLS, _TOKENS, _MONEY = counted("")
+SUMS = f"""SELECT run, role, state, currency, sum{_CALLS}, sum{_TOKENS}, sum{_MONEY} FROM attempt
+    GROUP BY run, role, state, currency"""
+"""What the table ``spent`` must hold, apart from rows of zeros."""
+
+_SECOND = (
+    "ALTER TABLE attempt ADD COLUMN born TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE attempt ADD COLUMN allowance INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE attempt ADD COLUMN cost INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE attempt ADD COLUMN currency TEXT NOT NULL DEFAULT ''",
+    *(
+        f"ALTER TABLE {table} ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0"
+        for table in ("attempt", "response", "quarantine")
+        for column in ("cache_write_tokens", "reasoning_tokens")
+    ),
+    "CREATE INDEX attempt_open ON attempt (key) WHERE state IN ('reserved', 'sent')",
+    # Sums of the attempts, so that a limit is checked in the same time however long the run.
+    """CREATE TABLE spent (run TEXT NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL, currency TEXT NOT NULL,
+    calls INTEGER NOT NULL, tokens INTEGER NOT NULL, money INTEGER NOT NULL,
+    PRIMARY KEY (run, role, state, currency)) WITHOUT ROWID""",
+    f"INSERT INTO spent {SUMS}",
+    f"CREATE TRIGGER attempt_in AFTER INSERT ON attempt BEGIN {_add('new', '')} END",
+    f"CREATE TRIGGER attempt_on AFTER UPDATE ON attempt BEGIN {_add('old', '-')} {_add('new', '')} END",
+    f"CREATE TRIGGER attempt_out AFTER DELETE ON attempt BEGIN {_add('old', '-')} END",
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+)
+
+_STEPS = {1: _FIRST, 2: _SECOND}
+"""Statements that lead from the schema before to this one. A released step is never changed."""
+
+
+def pragma(connection: sqlite3.Connection, name: str) -> int:
+    """A pragma that is a number."""
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def create_tables(connection: sqlite3.Connection) -> None:
+    """Inside a transaction: make an empty file a ledger."""
+    migrate(connection)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Inside a transaction: all steps that are missing."""
+    found = pragma(connection, "user_version")
+    for number in range(found + 1, SCHEMA + 1):
+        for statement in _STEPS[number]:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
