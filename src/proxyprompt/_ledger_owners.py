@@ -12,10 +12,16 @@ from typing import Any
 __all__ = ["birth_of", "drop_attempts", "owner", "settle_dead"]
 
 
+_MINE: dict[int, str] = {}
+
+
 def owner() -> tuple[str, int, str]:
     """Host, process and birth of this process."""
     pid = os.getpid()
-    return socket.gethostname(), pid, birth_of(pid)
+    if pid not in _MINE:  # another one after a fork
+        _MINE.clear()
+        _MINE[pid] = birth_of(pid)
+    return socket.gethostname(), pid, _MINE[pid]
 
 
 def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
@@ -44,7 +50,7 @@ def birth_of(pid: int) -> str:
     """
     try:
         stat_line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
     return f"{boot[:13]}/{stat_line.rpartition(')')[2].split()[19]}"

@@ -223,7 +223,7 @@ def read_secret(key_file: str | os.PathLike[str] | None, *, create: bool) -> byt
     try:
         if create:
             _make(path)
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), encoding="ascii") as file:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), encoding="utf-8") as file:
             state = os.fstat(file.fileno())
             if os.name == "posix" and (state.st_mode & 0o077 or not stat.S_ISREG(state.st_mode)):
                 raise LedgerError(
@@ -246,7 +246,7 @@ def _make(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
-        with open(handle, "w", encoding="ascii") as file:
+        with open(handle, "w", encoding="utf-8") as file:
             file.write(os.urandom(32).hex() + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -44,6 +44,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .config import RunConfig
+    from .ledger import Ledger
 
 __all__ = ["main"]
 
@@ -120,14 +121,13 @@ def _execute(
     before: Callable[[Any, Any], None] | None = None,
 ) -> None:
     from .backends.embedded import EmbeddedBackend
-    from .ledger import Ledger
     from .outputs import prepare_folder, write_outputs
     from .pipeline import optimize_prompt
     from .summary import build_artifact
 
     folder = prepare_folder(config.output)
     started = time.monotonic()
-    with _interruptible(folder), Ledger(folder / "ledger.db") as ledger, _Watch() as watch:
+    with _interruptible(folder), _ledger(config, folder) as ledger, _Watch() as watch:
         for backend in (config.target, *config.proxies):
             if isinstance(backend, EmbeddedBackend):
                 backend.progress = watch.note
@@ -151,6 +151,12 @@ def _execute(
     _say(f"Done in {time.monotonic() - started:.0f} s.")
     if strict and not (artifact.certified and artifact.removed):
         sys.exit(5)
+
+
+def _ledger(config: RunConfig, folder: Path) -> Ledger:
+    from .ledger import Ledger
+
+    return Ledger(folder / "ledger.db", store=config.store, key_file=config.key_file)
 
 
 def _show(artifact: Artifact, paths: dict[str, str], *, as_json: bool) -> None:

@@ -28,7 +28,10 @@
     model = "embedded:smollm2-135m"
 
     [budget]
-    target_calls = 20000
+    max_calls = 20000              # also max_tokens; max_usd, or max_cost in the currency of [price]
+
+    [ledger]
+    store = "encrypted"            # or "hash", "full"
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ from .data import (
     split_queries,
 )
 from .errors import ConfigError, DataError, InputError
+from .ledger import StoreMode
 from .models import open_model
 from .prompt import Demonstration, FewShotPrompt, Query
 from .settings import Settings
@@ -107,7 +111,8 @@ _SECTIONS: dict[str, frozenset[str]] = {
         }
     ),
     "certificate": frozenset({"method", "block"}),
-    "budget": frozenset({"target_calls", "target_tokens"}),
+    "budget": frozenset({"max_calls", "max_tokens", "max_usd", "max_cost"}),
+    "ledger": frozenset({"store", "key_file"}),
     "price": frozenset(
         {
             "input_per_million",
@@ -136,9 +141,16 @@ _RENAMED = {
     ("clean", "prior"): "clean_prior",
     ("certificate", "method"): "certificate_method",
     ("certificate", "block"): "certificate_block",
+    ("budget", "max_calls"): "budget_calls",
+    ("budget", "max_tokens"): "budget_tokens",
+    ("budget", "max_usd"): "budget_usd",
+    ("budget", "max_cost"): "budget_cost",
     **{("price", key): f"price_{key}" for key in _SECTIONS["price"]},
     **{("caching", key): f"cache_{key}" for key in ("minimum_tokens", "increment_tokens", "hit_rate")},
 }
+
+
+_OLD_NAMES = {("budget", "target_calls"): "max_calls", ("budget", "target_tokens"): "max_tokens"}
 
 
 @dataclass(frozen=True)
@@ -155,6 +167,8 @@ class RunConfig:
     settings: Settings
     report_text: Literal["all", "removed", "none"] = "removed"
     notes: tuple[str, ...] = field(default=())
+    store: StoreMode | None = None
+    key_file: Path | None = None
 
 
 def load_config(path: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> RunConfig:
@@ -209,6 +223,7 @@ def config_from_mapping(
     text = raw.get("report", {}).get("text", "removed")
     if text not in ("all", "removed", "none"):
         raise ConfigError(f"{where}: report.text: got {text!r}; allowed: all, removed, none.")
+    store, key_file = _ledger(raw.get("ledger", {}), folder, where, task)
     opened = tuple(_model(p, f"proxies[{i}]", folder, where, task) for i, p in enumerate(proxies))
     names = [b.name for b in opened]
     if len(set(names)) < len(names):
@@ -225,7 +240,27 @@ def config_from_mapping(
         settings=settings,
         report_text=text,
         notes=_notes(prompt, splits),
+        store=store,
+        key_file=key_file,
     )
+
+
+def _ledger(
+    section: Mapping[str, Any], folder: Path, where: str, task: Task
+) -> tuple[StoreMode | None, Path | None]:
+    store, key_file = section.get("store"), section.get("key_file")
+    if store not in (None, "full", "hash", "encrypted"):
+        raise ConfigError(f"{where}: ledger.store: got {store!r}; allowed: full, hash, encrypted.")
+    if key_file is not None and (not isinstance(key_file, str) or store not in ("hash", "encrypted")):
+        raise ConfigError(
+            f"{where}: ledger.key_file: got {key_file!r}; a path, with store = 'hash' or 'encrypted'."
+        )
+    if store == "hash" and isinstance(task, TextTask):
+        raise ConfigError(
+            f"{where}: ledger.store = 'hash' keeps numbers only; the answers of a text task are none.",
+            hint="Write store = 'encrypted'.",
+        )
+    return store, None if key_file is None else folder / Path(key_file).expanduser()
 
 
 def _known_keys(raw: Mapping[str, Any], where: str) -> None:
@@ -238,6 +273,10 @@ def _known_keys(raw: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key} must be a table; got {value!r}.")
         unknown = sorted(set(value) - _SECTIONS[key])
+        for name in unknown:
+            if (key, name) in _OLD_NAMES:
+                new = _OLD_NAMES[key, name]
+                raise ConfigError(f"{where}: [{key}] {name} is now called {new}.", hint=f"Write {new} = ...")
         if unknown:
             raise ConfigError(
                 f"{where}: [{key}]: unknown keys {unknown}; known: {', '.join(sorted(_SECTIONS[key]))}."

@@ -138,6 +138,11 @@ class Meter:
         self._excess = Decimal(1)
         if limits is not None and limits.max_money is not None:
             self._require_price(limits.currency)
+            assert ledger is not None  # checked above
+            # Earlier calls of this run may have been made while no price was known.
+            ledger.price_earlier(
+                run, role, backend.name, limits.currency, lambda usage: self._cost(usage) or 0
+            )
 
     def _require_price(self, currency: str) -> None:
         price, name = self._price, self.backend.name
@@ -443,6 +448,8 @@ class Meter:
             if usage.prompt_tokens <= most * self._excess:
                 return
             self._excess = Decimal(usage.prompt_tokens) / most
+        if self._limits is None or (self._limits.max_tokens, self._limits.max_money) == (None, None):
+            return
         warnings.warn(
             f"{self.backend.name} counts {usage.prompt_tokens} tokens for a prompt of at most {most} by its bytes; from"
             " now on more is set aside for each call.",

@@ -36,7 +36,7 @@ from .optimize.clean import Cleaning, clean
 from .optimize.compress import Compression
 from .optimize.reexplain import Reexplainer
 from .optimize.relabel import Relabeling, own_queries, propose_relabels, zero_shot_doubts
-from .prices import Price, Pricing, Quote, quote_run
+from .prices import FREE, Price, Pricing, Quote, quote_run
 from .prompt import FewShotPrompt, Query
 from .screening import Screening
 from .settings import Settings
@@ -154,7 +154,7 @@ def optimize_prompt(
     InconclusiveError
         Too many answers missing.
     BudgetExceededError
-        The next calls would pass ``settings.target_calls`` or ``target_tokens``.
+        The next calls would pass ``budget_calls``, ``budget_tokens``, ``budget_usd`` or ``budget_cost`` of the settings.
     """
     settings = settings or Settings()
     _check(prompt, task, splits, settings)
@@ -174,13 +174,32 @@ def optimize_prompt(
     proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
     watch = observer or Silent()
     key = _run_key(prompt, task, splits, settings, [target, *proxies])
-    limits = Limits(settings.target_calls, settings.target_tokens)
+    limits, of_proxies = run_limits(settings, pricing)
     run = Run(
         prompt=prompt,
         task=task,
         splits=splits,
-        target=Meter(target, ledger, role="target", run=key, limits=limits, on_tokens=watch.tokens),
-        proxies={p.name: Meter(p, ledger, role="proxy", run=key, on_tokens=watch.tokens) for p in proxies},
+        target=Meter(
+            target,
+            ledger,
+            role="target",
+            run=key,
+            limits=limits,
+            on_tokens=watch.tokens,
+            price=price_of_calls(target, pricing.target),
+        ),
+        proxies={
+            p.name: Meter(
+                p,
+                ledger,
+                role="proxy",
+                run=key,
+                limits=of_proxies,
+                on_tokens=watch.tokens,
+                price=price_of_calls(p, pricing.proxies[p.name]),
+            )
+            for p in proxies
+        },
         settings=settings,
         explainer=_EXPLAINERS[settings.explainer](),
         watch=watch,
@@ -229,6 +248,23 @@ def _check(prompt: FewShotPrompt, task: Task, splits: Splits, settings: Settings
     unknown = sorted(set(settings.keep) - {d.id for d in prompt.demonstrations})
     if unknown:
         raise InputError(f"keep: {unknown} name no demonstration of the prompt.")
+
+
+def run_limits(settings: Settings, pricing: Pricing) -> tuple[Limits, Limits | None]:
+    """What bounds the target's calls, and what bounds the proxies'."""
+    money = settings.budget_usd if settings.budget_cost is None else settings.budget_cost
+    currency = "USD"
+    if settings.budget_cost is not None and isinstance(pricing.target, Price):
+        currency = pricing.target.currency
+    limits = Limits(settings.budget_calls, settings.budget_tokens, money, currency)
+    return limits, None if money is None else Limits(max_money=money, currency=currency)
+
+
+def price_of_calls(backend: Backend, quote: Quote) -> Price | None:
+    """The price by which calls are counted; models that no server runs cost nothing, whatever prices are compared with."""
+    if not backend.identity.get("base_url"):
+        return FREE
+    return quote if isinstance(quote, Price) else None
 
 
 def _price_of(quote: Quote) -> Decimal:

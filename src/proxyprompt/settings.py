@@ -94,8 +94,12 @@ class Settings:
         Sealed queries asked at once with bets. Default: a quarter, at least ten.
     keep : tuple of str
         Ids of demonstrations that must stay.
-    target_calls, target_tokens : int or None
-        Hard limits on what the target may be asked.
+    budget_calls, budget_tokens : int or None
+        Hard limits on what the target may be asked, over all resumptions of the run (``[budget] max_calls``,
+        ``max_tokens``).
+    budget_usd, budget_cost : float or None
+        Hard limit on the money for target and proxies together, in US dollars or in the currency of the price
+        (``[budget] max_usd``, ``max_cost``). Every model that is billed must have a price then.
     price_input_per_million, price_output_per_million : float or None
         Money per million prompt and completion tokens of the target. Without the first the price list of
         ``genai-prices`` is asked, if that is installed; a model that it does not know is unpriced, and money is not
@@ -156,8 +160,10 @@ class Settings:
     certificate_method: Literal["auto", "exact", "betting"] = "auto"
     certificate_block: int | None = None
     keep: tuple[str, ...] = ()
-    target_calls: int | None = None
-    target_tokens: int | None = None
+    budget_calls: int | None = None
+    budget_tokens: int | None = None
+    budget_usd: float | None = None
+    budget_cost: float | None = None
     price_input_per_million: float | None = None
     price_output_per_million: float | None = None
     price_cached_input_per_million: float | None = None
@@ -207,7 +213,7 @@ class Settings:
             ("max_evaluations", 2),
         ):
             _count(name, getattr(self, name), least)
-        for name in ("fit_coalitions", "proxy_coalitions", "oracle_queries", "target_calls", "target_tokens"):
+        for name in ("fit_coalitions", "proxy_coalitions", "oracle_queries", "budget_calls", "budget_tokens"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), 1)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -238,6 +244,10 @@ class Settings:
                 )
 
     def _check_money(self) -> None:
+        for name in ("budget_usd", "budget_cost"):
+            _amount(name, getattr(self, name), 1e6, "an amount of money, 0 or more")
+        if self.budget_usd is not None and self.budget_cost is not None:
+            raise InputError("budget_usd and budget_cost are both given; one of them decides.")
         for name in _PRICES:
             _amount(name, getattr(self, name), 1e9, "a price per million tokens, 0 or more")
         for name in ("price_batch_discount", "cache_hit_rate"):
@@ -280,11 +290,11 @@ class Settings:
         )
 
     def decisive(self) -> dict[str, Any]:
-        """What decides which calls a run makes: everything but prices and caching."""
+        """What decides which calls a run makes: everything but budgets, prices and caching."""
         return {
             k: v
             for k, v in self.to_dict().items()
-            if not k.startswith(("price_", "cache_", "calls_per_hour"))
+            if not k.startswith(("budget_", "price_", "cache_", "calls_per_hour"))
         }
 
     @property

@@ -98,7 +98,7 @@ def test_check_loads_and_writes_nothing(folder: Path) -> None:
         ((), 2, "no such file"),
         (('labels = ["a", "b"]', 'labels = ["a", "c"]'), 2, "not allowed"),
         (("replay:answers.jsonl", "embedded:gpt"), 2, "gpt"),
-        (("[target]", "[budget]\ntarget_calls = 10\n[target]"), 3, "10"),
+        (("[target]", "[budget]\nmax_calls = 10\n[target]"), 3, "10"),
     ],
 )
 def test_exit_codes(folder: Path, tmp_path: Path, change: tuple[str, ...], code: int, message: str) -> None:

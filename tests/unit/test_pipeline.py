@@ -204,7 +204,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_budgets_stop_before_sending(tmp_path: Path) -> None:
     target = Model("target")
     with pytest.raises(BudgetExceededError, match="500"):
-        run(tmp_path, target, Model("proxy"), settings=Settings(target_calls=500))
+        run(tmp_path, target, Model("proxy"), settings=Settings(budget_calls=500))
     assert target.asked <= 500
 
 
