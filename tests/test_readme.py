@@ -13,7 +13,8 @@ import pytest
 import proxyprompt
 from proxyprompt.backends.base import Backend
 from proxyprompt.backends.scripted import ScriptedBackend
-from proxyprompt.config import config_from_mapping
+from proxyprompt.config import _SECTIONS, config_from_mapping
+from proxyprompt.settings import Settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -71,3 +72,16 @@ def test_linked_files_exist() -> None:
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (root / target).exists(), target
+
+
+def test_every_option_of_shrinking_is_documented_with_its_default() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "shrinking.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (not set|`.*?`) \| (?:`(\w+)`)? ?\|", page, re.MULTILINE)
+    settings = Settings()
+    for key, shown, field in rows:
+        value = getattr(settings, field or key)
+        value = list(value) if isinstance(value, tuple) else value
+        assert shown == ("not set" if value is None else f"`{json.dumps(value)}`"), key
+    sections = ("clean", "compress", "certificate", "price", "caching")
+    wanted = {"tau", "margin", "confidence"}.union(*(_SECTIONS[name] for name in sections))
+    assert {key for key, _, _ in rows} == wanted
