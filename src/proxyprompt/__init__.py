@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .explanation import QueryExplanation, explain_queries
     from .ledger import Ledger
     from .models import open_model
+    from .openai_client import PruneCounter, wrap_openai
     from .outputs import write_outputs
     from .pipeline import Result, optimize_prompt
     from .prompt import Demonstration, FewShotPrompt, Query
@@ -68,6 +69,7 @@ _HOME = {
     "PermutationShapley": "attribution",
     "PromptValueFunction": "value_function",
     "ProxyPromptError": "errors",
+    "PruneCounter": "openai_client",
     "Query": "prompt",
     "QueryDocuments": "units",
     "QueryExplanation": "explanation",
@@ -95,6 +97,7 @@ _HOME = {
     "save_prompt": "data",
     "screen": "screening",
     "split_queries": "data",
+    "wrap_openai": "openai_client",
     "write_outputs": "outputs",
 }
 
@@ -119,6 +122,7 @@ __all__ = [
     "PermutationShapley",
     "PromptValueFunction",
     "ProxyPromptError",
+    "PruneCounter",
     "Query",
     "QueryDocuments",
     "QueryExplanation",
@@ -147,6 +151,7 @@ __all__ = [
     "save_prompt",
     "screen",
     "split_queries",
+    "wrap_openai",
     "write_outputs",
 ]
 

@@ -7,6 +7,7 @@
      |    +-- ConfigError                 ... in a configuration file
      |    +-- DataError                   ... in demonstrations, queries, labels or splits
      |    +-- ModelSpecError              ... in a model name such as ``embedded:NAME``
+     |    +-- PromptMismatchError         ... in a request that should hold an artifact's prompt; nothing was sent
      +-- MissingDependencyError (ImportError)   an optional package is not installed
      +-- BackendError (RuntimeError)      a model could not be loaded or did not answer
      |    +-- RetryableBackendError       the same request may succeed later
@@ -37,6 +38,8 @@ __all__ = [
     "LedgerError",
     "MissingDependencyError",
     "ModelSpecError",
+    "PromptMismatchError",
+    "PromptMismatchWarning",
     "ProxyPromptError",
     "RecordingMissingError",
     "RetryableBackendError",
@@ -79,6 +82,14 @@ class DataError(InputError):
 
 class ModelSpecError(InputError):
     """A model name is not understood."""
+
+
+class PromptMismatchError(InputError):
+    """A request does not hold the prompt that an artifact is about; nothing was sent."""
+
+
+class PromptMismatchWarning(UserWarning):
+    """A request does not hold the prompt that an artifact is about, and was sent as it is."""
 
 
 class MissingDependencyError(ProxyPromptError, ImportError):
