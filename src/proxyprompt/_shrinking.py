@@ -317,8 +317,8 @@ def _cap_text(run: Running, path: NDArray[np.bool_], cap: int | None, found: Com
         return ""
     if cap is None or found.cap is None:
         return (
-            f"The cap of {wanted} cannot be met: the {int(path[-1].sum())} demonstrations that must stay are more than it"
-            " allows."
+            f"The cap of {wanted} cannot be met: the {int(path[-1].sum())} demonstrations that must stay (keep,"
+            " keep_labels) are more than it allows."
         )
     if found.chosen.n_kept <= found.cap.n_kept:
         return ""
