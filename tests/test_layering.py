@@ -47,6 +47,7 @@ LEVEL: dict[str, float] = {
     "_journal": 9.5,
     "ledger": 9,
     "_purchase": 9.5,
+    "ledger_care": 9.5,
     "_query_use": 10,
     "metering": 10,
     "value_function": 11,
@@ -70,6 +71,7 @@ LEVEL: dict[str, float] = {
     "openai_client": 19,
     "outputs": 19,
     "demo": 20,
+    "_ledger_commands": 20,
     "cli": 21,
 }
 ARRAYS_ONLY = (

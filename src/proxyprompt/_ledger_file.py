@@ -122,6 +122,37 @@ class LedgerFile:
                     with suppress(sqlite3.Error):
                         self._connection.rollback()
 
+    @contextmanager
+    def alone(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection for one transaction that removes rows, and rewrite the file after it.
+
+        Raises
+        ------
+        LedgerError
+            If somebody else has the file open.
+        """
+        with self._lock, self.use("rewritten") as connection:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(self._presence, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+                except BlockingIOError as error:
+                    raise LedgerError(
+                        f"The ledger {self.path} is open elsewhere; nothing is removed from it now.",
+                        hint="Let the other process finish, and try again.",
+                    ) from error
+            try:
+                connection.execute("PRAGMA secure_delete = ON")
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+                connection.execute("VACUUM")
+                # The log holds pages from before; without it the file is whole.
+                connection.execute("PRAGMA journal_mode = DELETE")
+                self._enter_wal(connection)
+            finally:
+                if fcntl is not None:
+                    fcntl.flock(self._presence, fcntl.LOCK_SH)  # type: ignore[arg-type]
+
     def _explained(self, action: str, error: Exception) -> LedgerError:
         # sqlite3 stumbles over SQLite's own message when that quotes a damaged schema.
         text = "malformed schema" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ._ledger_commands import ledger_group
 from ._version import __version__
 from .errors import (
     BackendError,
@@ -111,6 +112,17 @@ def demo(out: Path, as_json: bool) -> None:
                 )
 
         _execute(config, as_json=as_json, before=before)
+
+
+class _Ours(click.Group):
+    """A group whose commands end with our exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _errors():
+            return super().invoke(ctx)
+
+
+main.add_command(_Ours(name="ledger", commands=ledger_group.commands, help=ledger_group.help, epilog=_EPILOG))
 
 
 def _execute(

@@ -172,6 +172,39 @@ class Ledger:
         with self._file.use("written", write=True) as connection:
             yield connection
 
+    @contextmanager
+    def rewriting(self, *, dry: bool = False) -> Iterator[sqlite3.Connection]:
+        """Lend the connection for removing rows: nobody else has the file open, and no trace stays in it.
+
+        Raises
+        ------
+        LedgerError
+            If another process, or another object of this one, has the file open (unless ``dry``).
+        """
+        if dry:
+            with self._file.use("read") as connection:
+                yield connection
+            return
+        with self._file.alone() as connection:
+            yield connection
+
+    def open_row(self, row: Sequence[Any]) -> StoredResponse:
+        """A row of the table ``response`` that matches its hash; ``key`` is then the name that stands in the file.
+
+        Raises
+        ------
+        LedgerCorruptError
+            If it cannot be decrypted.
+        """
+        return self._stored(row[0].hex(), row)
+
+    def open_error(self, stored: str | bytes | None, name: bytes) -> str | None:
+        """The error of an attempt; ``None`` too where it cannot be decrypted."""
+        try:
+            return self._vault.open_error(stored, name)
+        except LedgerCorruptError:
+            return None
+
     # -- reading
 
     def lookup(self, keys: Iterable[str], *, strict: bool = False) -> dict[str, StoredResponse]:
