@@ -10,8 +10,12 @@ that made it.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +221,9 @@ def markdown(found: dict[str, Any]) -> str:
         [
             "# Compression on simulated targets",
             "",
-            f"`python benchmarks/compress/run.py`; {found['repeats']['search']} targets a row for the search,"
+            ", ".join(f"{k} {v}" for k, v in found["made"].items()) + f"; {found['seconds']} s.",
+            "",
+            f"{found['repeats']['search']} targets a row for the search,"
             f" {found['repeats']['pairs']} for the pairs; {N} demonstrations, tau = 0.9; mean \u00b1 standard error.",
             "",
             "## The search",
@@ -269,6 +275,12 @@ def main() -> None:
         "pairs": pairs(repeats["pairs"]),
     }
     found["seconds"] = round(time.monotonic() - start)
+    found["made"] = {
+        "command": "python benchmarks/compress/run.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{platform.processor() or platform.machine()}, {os.environ.get('OMP_NUM_THREADS', 'all')} thread",
+        **{n: metadata.version(n) for n in ("proxyprompt-core", "numpy", "scipy")},
+    }
     (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (HERE / "results.md").write_text(markdown(found), encoding="utf-8")
     print(markdown(found), f"{found['seconds']} s")
