@@ -219,7 +219,8 @@ def screen_block(
     for name in names:
         mine = sorted({int(j) for c in active if name in c.members for j in agreed[c.name]})
         if mine:
-            on_proxy[name] = mine, proxies[name]([part[j] for j in mine], judges.all_rows)
+            # The held-out rows judge against the target's values alone; a proxy's own would be paid for in vain.
+            on_proxy[name] = mine, proxies[name]([part[j] for j in mine], judges.design.coalitions)
     for c in active:
         mine = agreed[c.name].tolist()
         if mine:

@@ -99,6 +99,14 @@ def test_no_target_call_is_made_twice_for_several_proxies() -> None:
     assert len(without_full) == len(set(without_full))
 
 
+def test_a_proxy_is_not_asked_for_what_judges_it() -> None:
+    target, proxy = Planted(GOOD, seed=1), Planted(GOOD, seed=2)
+    result = go(target, {"p": proxy})
+    held_out = {row.tobytes() for row in result.judge_coalitions}
+    assert held_out <= {row for _, row in target.asked}
+    assert not held_out & {row for _, row in proxy.asked}
+
+
 def test_queries_on_which_the_models_disagree_are_rejected_and_not_bought() -> None:
     disagree = frozenset(f"q{i}" for i in range(0, 60, 2))
     target = Planted(GOOD, seed=1)
