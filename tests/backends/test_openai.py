@@ -192,9 +192,25 @@ class TestArguments:
             ({"api": "responses"}, "api='responses' must be 'auto'"),
             ({"top_logprobs": 0}, "top_logprobs=0 must be an integer from 1 to 100"),
             ({"concurrency": 1.5}, "concurrency=1.5 must be an integer from 1 to 256"),
-            ({"timeout": 0}, "timeout=0 must be a positive number"),
+            ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
+            ({"rpm": -1}, "rpm=-1 must be a positive number of requests"),
+            ({"tpm": True}, "tpm=True must be a positive number of tokens"),
+            ({"repeats": 0}, "repeats=0 must be an integer from 1 to 100"),
+            ({"max_tries": 0}, "max_tries=0 must be an integer from 1 to 20"),
+            ({"evidence": "guess"}, "evidence='guess' must name one or more of logprobs, decisions, texts"),
+            ({"evidence": ()}, "must name one or more of"),
+            ({"model_change": "stop"}, "model_change='stop' must be 'warn', 'error' or 'ignore'"),
+            ({"parameters": {"stream": True}}, "parameters: stream are set by the backend"),
+            ({"parameters": {"seed": 1}, "repeats": 3}, "a seed with repeats=3 makes all samples alike"),
+            ({"base_url": "http://10.0.0.7:8000/v1"}, "plain http to '10.0.0.7' would show the key"),
+            (
+                {"base_url": "https://169.254.169.254/v1"},
+                "'169.254.169.254' is a link-local or metadata address",
+            ),
+            ({"base_url": "http://[fd00:ec2::254]/v1", "allow_http": True}, "link-local or metadata address"),
+            ({"base_url": "http://2852039166/v1", "allow_http": True}, "link-local or metadata address"),
             ({"base_url": "localhost"}, "base_url is not an http"),
-            ({"client": object()}, "client is a object; an openai.OpenAI client is needed"),
+            ({"client": object()}, "client is a object; an openai client is needed"),
         ],
     )
     def test_rules(self, options: dict[str, Any], message: str) -> None:
@@ -206,8 +222,7 @@ class TestArguments:
             assert OpenAIBackend("m", client=client).identity["base_url"] == "http://127.0.0.1:1/v1"
             with pytest.raises(InputError, match="client and base_url were both given"):
                 OpenAIBackend("m", client=client, base_url="http://x/v1")
-        with pytest.raises(InputError, match="client is a AsyncOpenAI; a synchronous one is needed"):
-            OpenAIBackend("m", client=openai.AsyncOpenAI(api_key="k"))
+        assert OpenAIBackend("m", base_url="http://10.0.0.7/v1", allow_http=True).identity["model"] == "m"
 
     @pytest.mark.parametrize("candidates", [(), ("",), ("a", " "), ("a", " a")])
     def test_labels(self, candidates: tuple[str, ...]) -> None:

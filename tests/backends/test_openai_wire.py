@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxyprompt.backends._openai_wire import (
-    Endpoint,
+from proxyprompt.backends._openai_address import check_address, public_url, redact
+from proxyprompt.backends._openai_faults import classify, read_allowance, retry_after
+from proxyprompt.backends._openai_labels import (
     ListedToken,
+    Position,
+    SharedBeginningError,
     UnreadableAnswerError,
-    classify,
     label_tokens,
     match_label,
-    public_url,
-    read_answer,
+    positions_needed,
+    read_decision,
     read_labels,
-    redact,
-    retry_after,
+    read_texts,
 )
+from proxyprompt.backends._openai_wire import Endpoint, read_answer, read_body, read_decision_answer
 from proxyprompt.errors import InputError
 
 
-def listed(**tokens: float | None) -> list[ListedToken]:
-    return [ListedToken(token.encode(), value) for token, value in tokens.items()]
+def position(chosen: str | None, *extra: ListedToken, **tokens: float | None) -> Position:
+    listed = [ListedToken(token.encode(), value) for token, value in tokens.items()]
+    return Position((*listed, *extra), None if chosen is None else chosen.encode())
+
+
+def listed(*extra: ListedToken, **tokens: float | None) -> list[Position]:
+    return [position(None, *extra, **tokens)]
 
 
 def answer(logprobs: object, endpoint: Endpoint = "completions") -> dict[bytes, float | None] | None:
     choice = {"text": " a", "logprobs": logprobs, "message": {"content": " a"}}
-    tokens = read_answer(json.dumps({"choices": [choice]}), endpoint).listed
-    return None if tokens is None else {token.core: token.logprob for token in tokens}
+    path = read_answer({"choices": [choice]}, endpoint).first.path
+    return None if path is None else {token.raw.strip(): token.logprob for token in path[0].listed}
 
 
 def entry(token: str, logprob: object, **more: Any) -> dict[str, Any]:
@@ -105,36 +113,35 @@ def test_odd_entries() -> None:
         b"true": None,
         b"\xe5\xa5": -3.0,
         b"odd bytes": -4.0,
+        b"": -1.0,
     }
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": None}, {"choices": [None]}, [], 3])
 def test_no_choices(body: object) -> None:
     with pytest.raises(UnreadableAnswerError, match="holds no choices"):
-        read_answer(json.dumps(body), "chat")
+        read_answer(read_body(json.dumps(body)), "chat")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"<html>", b"\xff"])
 def test_no_json(raw: bytes) -> None:
     with pytest.raises(UnreadableAnswerError, match="not JSON"):
-        read_answer(raw, "chat")
+        read_body(raw)
 
 
 def test_usage_and_model() -> None:
     details = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4}}
-    read = read_answer(
-        json.dumps({"choices": [{"text": "x"}], "usage": details, "model": "m", "id": 1}), "completions"
-    )
+    read = read_answer({"choices": [{"text": "x"}], "usage": details, "model": "m", "id": 1}, "completions")
     assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.cached_tokens) == (9, 1, 4)
-    assert (read.text, read.model, read.listed) == ("x", "m", None)
+    assert (read.first.text, read.model, read.first.path) == ("x", "m", None)
     odd = {"prompt_tokens": "9", "completion_tokens": None, "prompt_tokens_details": None}
-    read = read_answer(json.dumps({"choices": [{"message": None}], "usage": odd, "model": 3}), "chat")
+    read = read_answer({"choices": [{"message": None}], "usage": odd, "model": 3}, "chat")
     assert read.usage.prompt_tokens == read.usage.completion_tokens == 0
-    assert (read.text, read.model) == (None, None)
+    assert (read.first.text, read.model) == (None, None)
 
 
 def test_listed_labels_get_their_log_probability_and_spacings_add_up() -> None:
-    tokens = [*listed(yes=-1.0, no=-2.0, No=-0.7), ListedToken(b"yes", -3.0)]
+    tokens = listed(ListedToken(b" yes", -3.0), yes=-1.0, no=-2.0, No=-0.7)
     values, censored = read_labels(tokens, (" yes", "no"))
     assert values == (pytest.approx(math.log(math.exp(-1) + math.exp(-3))), -2.0)
     assert censored == (False, False)
@@ -153,7 +160,7 @@ def test_labels_of_several_tokens_get_the_sum_of_their_beginnings_as_bound() -> 
 
 def test_characters_of_several_tokens() -> None:
     half = "好".encode()[:2]
-    assert read_labels([ListedToken(half, -0.5), ListedToken(b"x", -6.0)], ("好", "坏")) == (
+    assert read_labels(listed(ListedToken(half, -0.5), x=-6.0), ("好", "坏")) == (
         (-0.5, -6.0),
         (True, True),
     )
@@ -164,14 +171,14 @@ def test_shared_beginnings_of_labels_that_may_have_won_are_an_error() -> None:
     with pytest.raises(UnreadableAnswerError, match=message):
         read_labels(listed(very=-0.1, neutral=-3.0), ("very good", "neutral", "very bad"))
     with pytest.raises(UnreadableAnswerError, match="labels '1', '10' begin"):
-        read_labels([ListedToken(b"1", -0.1), ListedToken(b"2", -3.0)], ("1", "2", "10"))
+        read_labels(listed(ListedToken(b"1", -0.1), ListedToken(b"2", -3.0)), ("1", "2", "10"))
 
 
 def test_shared_beginnings_of_labels_that_cannot_win_are_bounds() -> None:
     values, censored = read_labels(listed(very=-3.0, neutral=-0.1), ("very good", "neutral", "very bad"))
     assert values == (-3.0, -0.1, -3.0)
     assert censored == (True, False, True)
-    tokens = [ListedToken(b"1", -0.1), ListedToken(b"10", -3.0)]
+    tokens = listed(ListedToken(b"1", -0.1), ListedToken(b"10", -3.0))
     assert read_labels(tokens, ("1", "10")) == ((-0.1, -3.0), (False, False))
 
 
@@ -231,53 +238,159 @@ def test_room_for_a_label() -> None:
     assert label_tokens(("好" * 50,)) == 64
 
 
+ALL = ("logprobs", "temperature", "max_tokens", "n", "prompt_cache_key")
+
+
 @pytest.mark.parametrize(
     ("status", "code", "param", "message", "fault"),
     [
         (401, None, None, "no", "fatal"),
         (404, None, None, "no such model", "fatal"),
+        (302, None, None, "", "fatal"),
         (429, "insufficient_quota", None, "", "fatal"),
         (400, "model_not_found", None, "", "fatal"),
         (429, "rate_limit_exceeded", None, "", "retry"),
         (503, None, None, "Loading model", "retry"),
-        (504, None, None, "", "failed"),
-        (400, "unsupported_parameter", "logprobs", "Unsupported parameter", "no-logprobs"),
-        (400, None, None, "logprobs is not supported with this model", "no-logprobs"),
-        (
-            400,
-            None,
-            None,
-            "Requested sample logprobs of 20, which is greater than max allowed: 5",
-            "too-many-logprobs",
-        ),
+        (504, None, None, "", "maybe-billed"),
+        (400, "unsupported_parameter", "logprobs", "Unsupported parameter", "logprobs"),
+        (400, None, None, "logprobs is not supported with this model", "logprobs"),
+        (400, None, None, "logprobs of 20, which is greater than max allowed: 5", "too-many-logprobs"),
         (400, "integer_above_max_value", "logprobs", "Expected a value <= 5", "too-many-logprobs"),
+        (400, "unsupported_parameter", "max_tokens", "Use 'max_completion_tokens' instead.", "max_tokens"),
+        (400, "invalid_value", "max_tokens", "max_tokens is too large", "failed"),
         (
             400,
-            "unsupported_parameter",
-            "max_tokens",
-            "Use 'max_completion_tokens' instead.",
-            "max-tokens-name",
+            None,
+            None,
+            "'max_tokens' or 'max_completion_tokens' is too large; context length is 9",
+            "failed",
         ),
-        (400, "invalid_value", "max_tokens", "max_tokens is too large", "failed"),
+        (400, "context_length_exceeded", "messages", "reduce max_tokens instead", "failed"),
+        (400, "unsupported_value", "temperature", "'temperature' does not support 0", "temperature"),
+        (400, None, None, "Only one completion choice is allowed, 'n' is not supported", "n"),
+        (400, None, None, "no support for images", "failed"),
+        (
+            422,
+            None,
+            None,
+            "[{'type': 'extra_forbidden', 'loc': ['body', 'prompt_cache_key']}]",
+            "prompt_cache_key",
+        ),
         (422, None, None, "bad", "failed"),
     ],
 )
 def test_errors_are_told_apart(
     status: int, code: str | None, param: str | None, message: str, fault: str
 ) -> None:
-    assert classify(status, code, param, message) == fault
+    verdict = classify(status, code, param, message, ALL)
+    assert (verdict.field or verdict.fault) == fault
+    assert (verdict.field is not None) == (verdict.fault == "unsupported")
 
 
 def test_waiting_time() -> None:
     assert retry_after({"retry-after": "3"}) == 3
     assert retry_after({"retry-after-ms": "250", "retry-after": "3"}) == 0.25
+    date = {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}
+    noon = datetime(2026, 10, 21, 7, 27, tzinfo=UTC).timestamp()
+    assert retry_after(date, now=noon) == 60
+    assert retry_after(date, now=noon + 600) == 0
     for odd in (
         {},
-        {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"},
+        {"retry-after": "soon"},
         {"retry-after": "-1"},
         {"retry-after": "nan"},
+        {"retry-after": "inf"},
     ):
         assert retry_after(odd) is None
+
+
+def test_what_is_left() -> None:
+    headers = {
+        "x-ratelimit-remaining-requests": "7",
+        "x-ratelimit-reset-requests": "6m0.5s",
+        "x-ratelimit-remaining-tokens": "0",
+        "x-ratelimit-reset-tokens": "120ms",
+    }
+    left = read_allowance(headers)
+    assert (left.requests, left.requests_reset, left.tokens, left.tokens_reset) == (7, 360.5, 0, 0.12)
+    odd = read_allowance({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-reset-requests": "soon"})
+    assert (odd.requests, odd.requests_reset) == (None, None)
+
+
+# --- labels of several tokens --------------------------------------------------------------------------
+
+
+VERY = position(" very", **{" very": -0.1, " neutral": -3.0})
+
+
+def test_a_label_is_followed_along_the_tokens_that_were_chosen() -> None:
+    path = [VERY, position(" good", **{" good": -0.2, " bad": -2.0})]
+    labels = ("very good", "neutral", " very bad")
+    values, censored = read_labels(path, labels)
+    assert values == pytest.approx((-0.3, -3.0, -2.1))
+    assert censored == (False, False, False)
+    assert positions_needed(path, labels) == 2
+    assert positions_needed([position(" neutral"), position("\n")], labels) == 1
+    with pytest.raises(SharedBeginningError):
+        read_labels([VERY], labels)
+
+
+def test_beyond_the_list_a_follower_is_bounded() -> None:
+    path = [VERY, position(" good", **{" good": -0.2, " poor": -4.0})]
+    values, censored = read_labels(path, ("very good", "neutral", "very bad"))
+    assert values == pytest.approx((-0.3, -3.0, -4.1))
+    assert censored == (False, False, True)
+
+
+def test_white_space_first_is_read_behind() -> None:
+    path = [position(" ", **{" ": -0.5, "no": -2.0}), position("yes", yes=-0.1, no=-3.0)]
+    values, censored = read_labels(path, ("yes", "no"))
+    assert values[0] == pytest.approx(-0.6)
+    assert values[1] == pytest.approx(math.log(math.exp(-2.0) + math.exp(-3.5)))
+    assert censored == (False, False)
+    with pytest.raises(SharedBeginningError, match="white space only"):
+        read_labels(path[:1], ("yes", "no"))
+
+
+def test_a_label_that_another_one_goes_on_from_gives_up_its_share() -> None:
+    path = [position("1", **{"1": -0.1, "2": -3.0}), position("0", **{"0": -0.2, "\n": -1.8})]
+    values, censored = read_labels(path, ("1", "2", "10"))
+    assert values[2] == pytest.approx(-0.3)
+    assert values[0] == pytest.approx(math.log(math.exp(-0.1) - math.exp(-0.3)))
+    assert censored == (False, False, False)
+    assert positions_needed(path, ("1", "2", "10")) == 2
+
+
+def test_texts_are_counted() -> None:
+    (logs, censored), samples = read_texts(["yes", "no.", "Yes", "perhaps"], ("yes", "no", "never"))
+    assert logs == (math.log(0.5), math.log(0.25), None)
+    assert (censored, samples) == ((True, True, True), 4)
+    with pytest.raises(UnreadableAnswerError, match="unparsable answer 'perhaps'"):
+        read_texts(["perhaps", None], ("yes", "no"))
+
+
+def test_decisions_are_as_fine_as_they_are_rounded() -> None:
+    assert read_decision({"a": 0.73, "b": 0.27, "c": 0.0}, ("a", " b", "c")) == (
+        (math.log(0.73), math.log(0.27), math.log(0.005)),
+        (False, False, True),
+    )
+    assert read_decision({"a": 1.0, "b": 0.0}, ("a", "b"))[0] == (math.log(0.995), math.log(0.005))
+    assert read_decision({"a": 0.9991, "b": 0.0009}, ("a", "b"))[0][1] == math.log(0.0009)
+    for odd in ({"a": 0.5}, {"a": 0.5, "b": None}, {"a": 0.5, "b": 1.5}, {"a": 0.5, "b": math.nan}):
+        with pytest.raises(UnreadableAnswerError, match="states no probability for 'b'"):
+            read_decision(odd, ("a", "b"))
+    with pytest.raises(UnreadableAnswerError, match="declined to decide") as caught:
+        read_decision_answer({"answers": [{"type": "refusal"}], "usage": {"input_tokens": 4}})
+    assert caught.value.usage is not None
+    assert caught.value.usage.prompt_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://api.example.com/v1", "http://127.0.0.1:8080/v1", "http://localhost/v1", "http://[::1]:1/v1"],
+)
+def test_addresses_that_are_safe(url: str) -> None:
+    check_address(url)
 
 
 @pytest.mark.parametrize(

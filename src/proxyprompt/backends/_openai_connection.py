@@ -1,32 +1,36 @@
-"""Calls to an OpenAI-compatible server: the client, retries, and errors without credentials in them."""
+"""Calls to an OpenAI-compatible server: the client, its one event loop, retries, and errors without credentials.
+
+The SDK's own retries are off, for the user's client too: each attempt may be billed, so each has to be counted.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import os
+import random
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from proxyprompt._require import require
-from proxyprompt.errors import BackendError, InputError
+from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
-from ._openai_wire import (
-    Answer,
-    Endpoint,
-    classify,
-    one_line,
-    prompt_fields,
-    public_url,
-    read_answer,
-    redact,
-    retry_after,
-)
-from .base import Rendered
+from ._openai_address import check_address, check_lookup, one_line, public_url, redact
+from ._openai_faults import classify, read_allowance, retry_after
+from ._openai_pace import Pace
+from ._openai_wire import PATHS, read_body
+from .base import Usage
 
-_TRIES = 3
 _FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 20.0
+_LONGEST_PAUSE = 60.0
+_GIVE_UP_AFTER = 5
+"""Calls in a row that fail for load or connection after all their tries: the server is down, not the request odd."""
+
 _DEFAULT_URL = "https://api.openai.com/v1"
 _HINTS = {
     401: "Check OPENAI_API_KEY (or the client's key) and base_url.",
@@ -34,21 +38,76 @@ _HINTS = {
     404: "Check the model's name, base_url (it usually ends in /v1) and api ('chat' or 'completions').",
     429: "Check the account's plan and limits.",
 }
+_jitter = random.Random()
+
+T = TypeVar("T")
 
 
 class CallFailedError(Exception):
     """One call failed for good; becomes ``result.error``."""
 
 
-class NoLogprobsError(CallFailedError):
-    """The server refuses to give log-probabilities."""
+class UnsupportedError(CallFailedError):
+    """The server does not take a field of the request, or does not have the endpoint; nothing was billed."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on with one request.
+
+    Parameters
+    ----------
+    tries : int
+        Attempts in all.
+    max_wait : float
+        Seconds from the first attempt to the last.
+    paid_retries : int
+        Attempts after one that brought nothing back but may have been billed.
+    """
+
+    tries: int = 6
+    max_wait: float = 900.0
+    paid_retries: int = 1
+
+
+@dataclass
+class Call:
+    """One request on its way: who has to know of further attempts, and what it has taken so far."""
+
+    announce: Callable[[], None]
+    stopped: threading.Event
+    expected: int = 0
+    usage: Usage = field(default_factory=Usage)
+    uncertain: int = 0
+    model: str | None = None
+    fingerprint: str | None = None
 
 
 class Connection:
-    """One model at one server. ``public_url`` is the address without credentials or query."""
+    """One server. ``public_url`` is the address without credentials or query.
+
+    Notes
+    -----
+    One event loop in one thread serves the connection for its whole life, as an asynchronous client must not see two.
+    A synchronous client of the user is driven from threads instead of being rebuilt as an asynchronous one: its
+    transport, certificates, proxies and tokens are then exactly those that the user set up.
+    """
 
     def __init__(
-        self, model: str, client: Any, base_url: str | None, timeout: float, top_logprobs: int
+        self,
+        model: str,
+        client: Any,
+        base_url: str | None,
+        *,
+        timeout: float,
+        concurrency: int,
+        patience: Patience,
+        pace: Pace,
+        allow_http: bool,
     ) -> None:
         if client is not None:
             if base_url is not None:
@@ -60,19 +119,27 @@ class Connection:
         else:
             self._url = base_url or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_URL
         self.public_url = public_url(self._url)
-        self._model = model
+        check_address(self._url, allow_http=allow_http)
+        self.model = model
+        self.pace = pace
         self._given = client
         self._timeout = timeout
-        self._top_logprobs = top_logprobs
-        self._limit_name = "max_tokens"
+        self._concurrency = concurrency
+        self._patience = patience
         self._lock = threading.Lock()
+        self._failed_in_a_row = 0
         self._sdk: Any = None
         self._client: Any = None
+        self._response: Any = None
+        self._loop: _Loop | None = None
+        self._pid = 0
+
+    # -- opening and closing
 
     def open(self) -> None:
         """Make the client, once; not on construction, so that a run from recorded answers needs no key."""
         with self._lock:
-            if self._client is not None:
+            if self._client is not None and self._pid == os.getpid():
                 return
             self._sdk = require("openai", "openai")
             # A server of one's own often needs no key, but the SDK insists on some text.
@@ -82,20 +149,51 @@ class Connection:
                     "OPENAI_API_KEY is not set.",
                     hint="Set it in the environment, or pass client= or base_url=.",
                 )
-            if self._given is not None:
-                self._client = self._given
-                return
-            self._client = self._sdk.OpenAI(
-                api_key=key, base_url=self._url, timeout=self._timeout, max_retries=0
-            )
-            # The SDK closes its sockets when collected, but not when it is part of a cycle.
-            weakref.finalize(self, self._client.close)
+            check_lookup(self._url)
+            self._response = _response_class(self._sdk)
+            if self._given is None:
+                self._client = self._sdk.AsyncOpenAI(
+                    api_key=key, base_url=self._url, timeout=self._timeout, max_retries=0
+                )
+            else:
+                self._client = self._given.with_options(max_retries=0)
+            # After a fork the parent's loop does not run here, and its sockets are the parent's.
+            self._loop = _Loop(self._concurrency)
+            self._pid = os.getpid()
+            owned = self._client if self._given is None else None
+            weakref.finalize(self, self._loop.close, owned)
 
-    def send(self, prompt: Rendered, endpoint: Endpoint, limit: int, **extra: Any) -> Answer:
-        """One answer of at most ``limit`` tokens; what is worth trying again is tried three times in all.
+    @property
+    def has_decisions(self) -> bool:
+        """Whether the SDK knows the decisions endpoint."""
+        return hasattr(self._client, "decisions")
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the connection's loop."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop.loop)
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run something that blocks without holding up the loop."""
+        assert self._loop is not None
+        return await self._loop.loop.run_in_executor(self._loop.threads, function, *arguments)
+
+    # -- sending
+
+    async def post(self, kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        """One answer, after as many attempts as patience allows.
+
+        Parameters
+        ----------
+        kind : {"chat", "completions", "decisions"}
+        body : mapping
+        call : Call
+            The first attempt has been announced; further ones that may be billed are announced here.
 
         Raises
         ------
+        UnsupportedError
+            If the server does not take a field of the body, or has no such endpoint.
         CallFailedError
             If this call got no answer.
         BackendError
@@ -103,23 +201,117 @@ class Connection:
         UnreadableAnswerError
             If the answer cannot be read.
         """
-        resource = self._client.chat.completions if endpoint == "chat" else self._client.completions
-        fields = {"model": self._model, "temperature": 0, **prompt_fields(prompt, endpoint), **extra}
-        tries = 0
+        deadline = time.monotonic() + self._patience.max_wait
+        tries = lost = 0
         while True:
             tries += 1
-            limit_name = self._limit_name if endpoint == "chat" else "max_tokens"
+            sent_at = time.monotonic()
             try:
-                raw = resource.with_raw_response.create(**fields, **{limit_name: limit})
+                response = await self._attempt(PATHS[kind], body)
             except self._sdk.APIStatusError as error:
-                pause = self._after_status(error, tries, limit_name)
+                pause, billed, reason = self._after_status(error, body, kind, sent_at)
             except self._sdk.APIConnectionError as error:
-                pause = self._after_connection(error, tries)
+                pause, billed, reason = self._after_connection(error)
+            except RuntimeError as error:
+                raise self._foreign_loop(error) from error
             except self._sdk.OpenAIError as error:
                 raise CallFailedError(f"{type(error).__name__}: {self.clean(str(error))}") from None
             else:
-                return read_answer(raw.http_response.content, endpoint)
-            time.sleep(pause)
+                self._failed_in_a_row = 0
+                self.pace.succeeded(read_allowance(response.headers))
+                return read_body(response.content)
+            if billed:
+                lost += 1
+                call.uncertain += 1
+            spent = tries >= self._patience.tries or (billed and lost > self._patience.paid_retries)
+            if spent or call.stopped.is_set():
+                raise self._gave_up(f"{reason} after {_times(tries)}")
+            asked = pause
+            if pause is None:
+                ceiling = min(_FIRST_PAUSE * 2.0 ** (tries - 1), _LONGEST_PAUSE)
+                pause = ceiling * _jitter.uniform(0.5, 1.0)
+            if time.monotonic() + pause > deadline:
+                wish = "" if asked is None else f", asked to wait {asked:g} s"
+                raise self._gave_up(
+                    f"{reason} after {_times(tries)}{wish}; max_wait={self._patience.max_wait:g} s"
+                )
+            await self._rest(pause, call)
+            if billed:
+                await self.in_thread(call.announce)
+            self.pace.take(call.expected)
+
+    async def _attempt(self, path: str, body: Mapping[str, Any]) -> Any:
+        # An authorization header must not follow a redirection to somewhere else.
+        options: dict[str, Any] = {"follow_redirects": False, "max_retries": 0}
+        arguments = {"body": dict(body), "cast_to": self._response, "options": options}
+        if isinstance(self._client, self._sdk.AsyncOpenAI):
+            return await self._client.post(path, **arguments)
+        return await self.in_thread(lambda: self._client.post(path, **arguments))
+
+    async def _rest(self, pause: float, call: Call) -> None:
+        """Wait, and wait on while everything is held back; a stopped run wakes up at once."""
+        await _sleep(pause, call.stopped)
+        while not call.stopped.is_set() and (held := self.pace.delay()) > 0:
+            await _sleep(held, call.stopped)
+        if call.stopped.is_set():
+            raise CallFailedError("not tried again: the run was stopped")
+
+    def _after_status(
+        self, error: Any, body: Mapping[str, Any], kind: str, sent_at: float
+    ) -> tuple[float | None, bool, str]:
+        """Pause before the next attempt, whether this one may be billed, and why it failed; or raises."""
+        told = error.body.get("message") if isinstance(error.body, dict) else None
+        told = told if isinstance(told, str) and told else error.message
+        status, message = error.status_code, self.clean(told)
+        verdict = classify(status, error.code, error.param, told, OPTIONAL & set(body))
+        reason = f"HTTP {status}: {message}"
+        if kind == "decisions" and status in (400, 403, 404, 405, 422, 501):
+            raise UnsupportedError("decisions", reason) from None
+        if verdict.fault == "unsupported":
+            raise UnsupportedError(verdict.field or "", reason) from None
+        if verdict.fault in ("fatal", "too-many-logprobs"):
+            hint = _HINTS.get(status, "")
+            if 300 <= status < 400:
+                hint = "Redirections are not followed, because the key would be sent along; correct base_url."
+            if verdict.fault == "too-many-logprobs":
+                hint = f"The server may allow fewer than top_logprobs={_asked_logprobs(body)}; lower it."
+            fatal = BackendError(f"{self.model!r} at {self.public_url}: {reason}", hint=hint)
+            # Some servers repeat the key in their message; chained, it would be printed with the traceback.
+            raise fatal from (error if self._redacted(str(error)) == str(error) else None)
+        if verdict.fault == "failed":
+            raise CallFailedError(reason) from None
+        pause = retry_after(error.response.headers)
+        self.pace.overloaded(sent_at, pause)
+        return pause, verdict.fault == "maybe-billed", f"HTTP {status} ({message})"
+
+    def _after_connection(self, error: Any) -> tuple[float | None, bool, str]:
+        cause = type(error.__cause__).__name__
+        if isinstance(error.__cause__, RuntimeError):
+            raise self._foreign_loop(error.__cause__) from None
+        if cause in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"):
+            return None, False, f"no connection to {self.public_url} ({cause})"
+        if isinstance(error, self._sdk.APITimeoutError):
+            return None, True, "no answer within the time limit"
+        return None, True, f"the connection to {self.public_url} broke ({cause})"
+
+    def _gave_up(self, reason: str) -> Exception:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= _GIVE_UP_AFTER:
+            return RetryableBackendError(
+                f"{self.model!r} at {self.public_url}: {_GIVE_UP_AFTER} requests in a row got no answer; "
+                f"the last: {reason}.",
+                hint="What was answered is kept; run again when the server is back.",
+            )
+        return CallFailedError(reason)
+
+    def _foreign_loop(self, error: RuntimeError) -> Exception:
+        return BackendError(
+            f"The client failed with {self.clean(str(error))!r}.",
+            hint="An asynchronous client that was used on another event loop cannot be used on the backend's; "
+            "hand over a fresh one.",
+        )
+
+    # -- errors without credentials
 
     def clean(self, text: str) -> str:
         """``text`` as one short line without the key."""
@@ -129,51 +321,80 @@ class Connection:
         key = getattr(self._client, "api_key", None)
         return redact(text, [key] if isinstance(key, str) else [])
 
-    def _after_status(self, error: Any, tries: int, limit_name: str) -> float:
-        """Seconds to wait before the next try; raises if there is none."""
-        told = error.body.get("message") if isinstance(error.body, dict) else None
-        told = told if isinstance(told, str) and told else error.message
-        status, message = error.status_code, self.clean(told)
-        fault = classify(status, error.code, error.param, told)
-        if fault == "max-tokens-name" and limit_name == "max_tokens":
-            self._limit_name = "max_completion_tokens"
-            return 0.0
-        if fault in ("fatal", "too-many-logprobs"):
-            hint = _HINTS.get(status, "")
-            if fault == "too-many-logprobs":
-                hint = f"The server may allow fewer than top_logprobs={self._top_logprobs}; lower it."
-            fatal = BackendError(f"{self._model!r} at {self.public_url}: HTTP {status}: {message}", hint=hint)
-            # Some servers repeat the key in their message; chained, it would be printed with the traceback.
-            raise fatal from (error if self._redacted(str(error)) == str(error) else None)
-        if fault == "no-logprobs":
-            raise NoLogprobsError(message) from None
-        pause = retry_after(error.response.headers)
-        if fault != "retry" or tries >= _TRIES:
-            raise CallFailedError(f"HTTP {status} after {_times(tries)}: {message}") from None
-        if pause is not None and pause > _LONGEST_PAUSE:
-            raise CallFailedError(f"HTTP {status}, asked to wait {pause:g} s: {message}") from None
-        return _FIRST_PAUSE * 2 ** (tries - 1) if pause is None else pause
 
-    def _after_connection(self, error: Any, tries: int) -> float:
-        """Seconds to wait before the next try; raises unless the request certainly never arrived."""
-        cause = type(error.__cause__).__name__
-        if tries < _TRIES and cause in ("ConnectError", "ConnectTimeout"):
-            return _FIRST_PAUSE * 2.0 ** (tries - 1)
-        if isinstance(error, self._sdk.APITimeoutError):
-            raise CallFailedError(f"no answer within the time limit, after {_times(tries)}") from None
-        raise CallFailedError(
-            f"no connection to {self.public_url} ({cause}), after {_times(tries)}"
-        ) from None
+OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})
+"""Fields that another attempt could do without, or by another name."""
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self, threads: int) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.threads = ThreadPoolExecutor(threads + 2, thread_name_prefix="proxyprompt-openai-call")
+        self._thread = threading.Thread(
+            target=_run_forever, args=(self.loop,), name="proxyprompt-openai", daemon=True
+        )
+        self._pid = os.getpid()
+        self._thread.start()
+
+    def close(self, client: Any = None) -> None:
+        """Cancel what is under way, close ``client`` and stop."""
+        if self.loop.is_closed() or self._pid != os.getpid():
+            return
+        asyncio.run_coroutine_threadsafe(_wind_up(client), self.loop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+async def _wind_up(client: Any) -> None:
+    loop, own = asyncio.get_running_loop(), asyncio.current_task()
+    tasks = [task for task in asyncio.all_tasks(loop) if task is not own]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    try:
+        if client is not None:
+            await client.close()
+    finally:
+        loop.call_soon(loop.stop)
+
+
+async def _sleep(seconds: float, stopped: threading.Event) -> None:
+    """Sleep in steps, so that a stopped run does not wait a quarter of an hour for its last calls."""
+    end = time.monotonic() + seconds
+    while not stopped.is_set() and (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(min(left, 0.25))
+
+
+def _response_class(sdk: Any) -> Any:
+    """The response class of the HTTP library that the SDK uses: ``httpx`` in version 2, ``httpx2`` in version 3."""
+    bases = [
+        c for c in sdk.DefaultHttpxClient.__mro__ if c.__module__.partition(".")[0] in ("httpx", "httpx2")
+    ]
+    return importlib.import_module(bases[0].__module__.partition(".")[0]).Response
+
+
+def _asked_logprobs(body: Mapping[str, Any]) -> Any:
+    return body.get("top_logprobs", body.get("logprobs"))
 
 
 def _check_client(client: Any) -> None:
-    if isinstance(client, require("openai", "openai").AsyncOpenAI):
+    sdk = require("openai", "openai")
+    if not isinstance(client, sdk.OpenAI | sdk.AsyncOpenAI):
         raise InputError(
-            f"client is a {type(client).__name__}; a synchronous one is needed.",
-            hint="Pass openai.OpenAI(...).",
+            f"client is a {type(client).__name__}; an openai client is needed.",
+            hint="Pass openai.OpenAI(...), openai.AsyncOpenAI(...) or their Azure forms.",
         )
-    if not hasattr(client, "chat") or not hasattr(client, "base_url"):
-        raise InputError(f"client is a {type(client).__name__}; an openai.OpenAI client is needed.")
 
 
 def _times(tries: int) -> str:

@@ -1,29 +1,28 @@
 """Scores and texts from any server that speaks the OpenAI HTTP interface, through the official SDK.
 
-Works with versions 2 and 3 of the ``openai`` package and with llama.cpp's server, vLLM and the like. What a
-server can do is found out by asking it, never by the model's name.
+Works with versions 2 and 3 of the ``openai`` package, with OpenAI, Azure, llama.cpp's server, vLLM, Ollama and the
+like. What a server can do is found out by asking it, never by the model's name.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+import math
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from proxyprompt.errors import InputError
+from proxyprompt.errors import BackendError, InputError
 
-from ._openai_connection import CallFailedError, Connection, NoLogprobsError
-from ._openai_wire import (
-    Answer,
-    Endpoint,
-    UnreadableAnswerError,
-    label_tokens,
-    match_label,
-    prompt_fields,
-    read_labels,
-)
+from ._openai_asking import Asker, Manner, checked_evidence, failed_score
+from ._openai_connection import Call, CallFailedError, Connection, Patience
+from ._openai_labels import UnreadableAnswerError, label_tokens
+from ._openai_order import Order, flat
+from ._openai_pace import Pace
+from ._openai_wire import Endpoint, prompt_fields
 from .base import (
     GenerateRequest,
     GenerateResult,
@@ -32,14 +31,24 @@ from .base import (
     Rendered,
     ScoreRequest,
     ScoreResult,
-    Usage,
 )
 
 __all__ = ["OpenAIBackend"]
 
-Capability: TypeAlias = Literal["unknown", "logprobs", "label"]
+Capability: TypeAlias = Literal["unknown", "logprobs", "decisions", "texts"]
 
+_Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
+
+_DRAIN = 30.0
+"""Seconds that calls in flight are waited for after an interruption: they are paid."""
+
+_OWN_FIELDS = frozenset(
+    {
+        "logprobs", "max_completion_tokens", "max_tokens", "messages", "model", "n", "prompt", "prompt_cache_key",
+        "stop", "stream", "temperature", "top_logprobs",
+    }
+)  # fmt: skip
 
 
 class OpenAIBackend:
@@ -48,10 +57,11 @@ class OpenAIBackend:
     Parameters
     ----------
     model : str
-        Model name as the server knows it.
-    client : openai.OpenAI, optional
-        A synchronous client of the ``openai`` package, used as it is: its own key, timeout and retries
-        apply, and retries happen on top of the ones here. Without it one is made, at the first call, from
+        Model name as the server knows it (Azure: the deployment).
+    client : openai.OpenAI or openai.AsyncOpenAI or their Azure forms, optional
+        Used with its own key, address, transport and timeout; its retries are switched off, as every attempt is
+        counted here. A synchronous client is driven from threads, an asynchronous one on the backend's own event loop:
+        hand over one that was not used on another loop. Without a client one is made, at the first call, from
         ``base_url``, ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL``.
     base_url : str, optional
         Server to use; ``OPENAI_BASE_URL`` or OpenAI's own by default. Not together with ``client``.
@@ -59,19 +69,46 @@ class OpenAIBackend:
         Endpoint. ``"auto"`` sends text to ``/completions`` and chat turns to ``/chat/completions``.
         ``"chat"`` sends text as one user message. ``"completions"`` refuses chat turns.
     top_logprobs : int
-        How many of the most likely first tokens to ask for, 1 to 100; OpenAI's chat allows 20.
+        How many of the most likely tokens to ask for, 1 to 100; OpenAI's chat allows 20.
+    evidence : str or sequence of {"logprobs", "decisions", "texts"}
+        Where values of labels may come from, in order of preference; the first kind that the server gives is used for
+        all requests. ``"decisions"`` is not in the default: that endpoint answers a question *about* the prompt, which
+        is not what the deployed model writes after it.
+    repeats : int
+        How many texts to sample (temperature 1) for each request where values come from texts, 1 to 100. With 1 the
+        text is that of temperature 0.
+    reasoning_tokens : int
+        Room that a model which reasons before it answers gets on top of the answer; given only to models that are seen to
+        reason.
+    parameters : mapping, optional
+        Further fields of every request (``{"reasoning_effort": "none"}``); part of the identity.
     concurrency : int
-        Most calls in flight at a time.
+        Most calls in flight at a time, 1 to 256. Starts at 4 at most, falls when the server is overloaded, and grows again.
+    rpm, tpm : float, optional
+        Requests and tokens a minute that are not passed; calls are spread evenly.
     timeout : float
-        Seconds until a call that gives no answer fails; it is then not repeated, as it may have been billed.
-        Not used with ``client``.
+        Seconds until a call that gives no answer counts as lost. Not used with ``client``.
+    max_tries : int
+        Attempts for one request, 1 to 20.
+    max_wait : float
+        Seconds from the first attempt to the last; a server that asks for a longer pause is not waited for.
+    paid_retries : int
+        Of the attempts, how many may follow on one that brought nothing back but may have been billed.
+    model_change : {"warn", "error", "ignore"}
+        What to do when one name is answered by two models in one run.
+    allow_http : bool
+        Whether plain HTTP may leave this machine.
     name : str, optional
         Name shown to people; ``openai:MODEL`` by default.
 
     Attributes
     ----------
-    capability : {"unknown", "logprobs", "label"}
+    capability : {"unknown", "logprobs", "decisions", "texts"}
         What the server was found to give; the first successful :meth:`score` call finds out, alone.
+    models_returned : Mapping of str to int
+        Models that answered, as the server names them, and how often.
+    fingerprints : Mapping of str to int
+        ``system_fingerprint`` of the answers, and how often.
 
     Raises
     ------
@@ -82,38 +119,46 @@ class OpenAIBackend:
 
     Notes
     -----
-    **Labels from log-probabilities.** One token is generated and the list of its most likely alternatives
-    read. White space around tokens and labels is set aside, so ``"good"`` and ``" good"`` count for the same
+    **Labels from log-probabilities.** The list of the most likely alternatives to the first token of the answer is read.
+    White space around tokens and labels is set aside, so ``"good"`` and ``" good"`` count for the same
     label and their probabilities are added; case is kept apart. This departs from the exact continuation
     that a local engine scores, by the mass of the unusual spacing.
 
     * A label listed whole gets its log-probability.
-    * A label not listed gets the smallest listed log-probability, ``censored`` (an upper bound).
-    * A label of several tokens whose beginning is listed gets the log-probability of that beginning,
-      ``censored``. Where several beginnings are listed (``b``, ``bill`` of ``billing``), they are added.
-    * A beginning shared by several labels (``very`` of ``very good`` and ``very bad``; or ``1`` of ``10``
-      when ``1`` is a label too and ``10`` is not listed) gives each of them that upper bound, ``censored``,
-      if a label listed whole is at least as likely. Otherwise the call is an error: the labels that may
-      have won cannot be told apart.
+    * A label of several tokens that the model itself spelled, or that differs from that spelling in its last token, gets
+      the sum over its tokens. As many tokens are asked for as it takes to tell the labels apart, learned from the answers.
+    * Any other label of several tokens gets the log-probability of its listed beginning, ``censored`` (an upper
+      bound). Where several beginnings are listed (``b``, ``bill`` of ``billing``), they are added.
+    * A label not listed gets the smallest listed log-probability, ``censored``.
+    * A beginning shared by several labels that the answer does not go on from gives each of them that upper bound,
+      ``censored``, if a label listed whole is at least as likely. Otherwise the call is an error: the labels that
+      may have won cannot be told apart.
     * A NaN, infinite, absent or positive log-probability of a label makes the call an error. ``-9999``
-      means "not listed". So a result without error has a value for every label, except a label-only one.
+      means "not listed". So a result without error has a value for every label.
 
     If *all* entries are censored and equal, the answer began with something that is no label.
 
-    **Label-only answers.** Where the server gives no log-probabilities (status 400, or 200 without any), the
-    labels are asked for as text, and the label that the text begins with wins: the longest, any case, whole
-    words. Its entry is ``0.0``, every other ``None``, and *all* are ``censored``: as upper bounds these say
-    nothing about probability, and the largest is the answer. No other result combines ``None`` with
-    ``censored``. Text that begins with no label is an error.
+    **Decisions.** Probabilities as the provider's ``/v1/decisions`` states them, ``result.evidence == "decisions"``.
+    It rounds to two decimals: 0 becomes the upper bound ``log(0.005)``, ``censored``, and 1 ``log(0.995)``.
 
-    **Failures.** Statuses 429, 500, 502, 503 and failed connections are tried three times in all, waiting as
-    ``Retry-After`` asks up to 20 s. What fails then is ``result.error``. A wrong key, an unknown model or an
-    exhausted quota stop the batch: the results at hand are yielded, then
-    :class:`~proxyprompt.errors.BackendError` is raised.
+    **Labels from texts.** Where the server gives no log-probabilities (status 400, or 200 without any), the labels are
+    asked for as text, and the label that the text begins with wins: the longest, any case, whole
+    words. ``result.evidence == "texts"``; each label seen has the logarithm of its share of ``result.samples`` texts,
+    every other ``None``, and *all* are ``censored``. An answer without any label is an error.
+
+    **Failures.** A refusal for load (429, 500, 502, 503, 529) and a failed connection are tried again, with pauses that
+    double from 0.5 s to 60 s or as ``Retry-After`` asks. A time limit, a connection that breaks and statuses 408,
+    504 and 524 may have been billed: at most ``paid_retries`` follow, each announced, and ``result.uncertain`` counts them.
+    Any other error is final. What fails for good is ``result.error``. A wrong key, an unknown model or an
+    exhausted quota stop the batch, and so do five requests in a row without any answer: the results at hand are
+    yielded, then :class:`~proxyprompt.errors.BackendError` is raised.
+
+    **Prompt caches.** Prompts that share a long beginning are sent one after the other, the first of them alone, with
+    ``prompt_cache_key`` where the server takes it.
 
     References
     ----------
-    .. [1] OpenAI API reference, "Create chat completion" and "Create completion".
+    .. [1] OpenAI API reference, "Create chat completion", "Create completion", "Create decision".
 
     Examples
     --------
@@ -130,29 +175,65 @@ class OpenAIBackend:
         base_url: str | None = None,
         api: Literal["auto", "chat", "completions"] = "auto",
         top_logprobs: int = 20,
-        concurrency: int = 4,
+        evidence: str | Sequence[str] = ("logprobs", "texts"),
+        repeats: int = 1,
+        reasoning_tokens: int = 4096,
+        parameters: Mapping[str, Any] | None = None,
+        concurrency: int = 8,
+        rpm: float | None = None,
+        tpm: float | None = None,
         timeout: float = 60,
+        max_tries: int = 6,
+        max_wait: float = 900,
+        paid_retries: int = 1,
+        model_change: Literal["warn", "error", "ignore"] = "warn",
+        allow_http: bool = False,
         name: str | None = None,
     ) -> None:
         if not isinstance(model, str) or not model.strip():
             raise InputError(f"model={model!r} must be a model name.")
-        if api not in ("auto", "chat", "completions"):
-            raise InputError(f"api={api!r} must be 'auto', 'chat' or 'completions'.")
+        _check_choice("api", api, ("auto", "chat", "completions"))
+        _check_choice("model_change", model_change, ("warn", "error", "ignore"))
         _check_range("top_logprobs", top_logprobs, 1, 100)
         _check_range("concurrency", concurrency, 1, 256)
-        if (
-            isinstance(timeout, bool)
-            or not isinstance(timeout, int | float)
-            or not 0 < timeout < float("inf")
+        _check_range("repeats", repeats, 1, 100)
+        _check_range("reasoning_tokens", reasoning_tokens, 0, 1_000_000)
+        _check_range("max_tries", max_tries, 1, 20)
+        _check_range("paid_retries", paid_retries, 0, 20)
+        for parameter, value, what in (
+            ("timeout", timeout, "number of seconds"),
+            ("max_wait", max_wait, "number of seconds"),
+            ("rpm", rpm, "number of requests"),
+            ("tpm", tpm, "number of tokens"),
         ):
-            raise InputError(f"timeout={timeout!r} must be a positive number of seconds.")
+            if value is not None or parameter in ("timeout", "max_wait"):
+                _check_positive(parameter, value, what)
+        self._manner = Manner(
+            model,
+            top_logprobs,
+            checked_evidence(evidence),
+            repeats,
+            reasoning_tokens,
+            _fields(parameters, repeats),
+        )
+        self._pace = Pace(concurrency, rpm=rpm, tpm=tpm)
+        self._connection = Connection(
+            model,
+            client,
+            base_url,
+            timeout=timeout,
+            concurrency=concurrency,
+            patience=Patience(max_tries, max_wait, paid_retries),
+            pace=self._pace,
+            allow_http=allow_http,
+        )
+        self._asker = Asker(self._connection, self._manner)
         self._model = model
-        self._connection = Connection(model, client, base_url, timeout, top_logprobs)
         self._api = api
-        self._top_logprobs = top_logprobs
-        self._concurrency = concurrency
+        self._model_change = model_change
         self._name = f"openai:{model}" if name is None else name
-        self._capabilities: dict[Endpoint, Capability] = {}
+        self._models: Counter[str] = Counter()
+        self._fingerprints: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         return f"OpenAIBackend({self._model!r}, base_url={self._connection.public_url!r}, api={self._api!r})"
@@ -164,22 +245,62 @@ class OpenAIBackend:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Provider, endpoint (without credentials or query), model, api and ``top_logprobs``."""
-        return {
+        """Provider, endpoint (without credentials or query), model, api and whatever else decides answers."""
+        manner = self._manner
+        identity: dict[str, Any] = {
             "provider": "openai-compatible",
             "base_url": self._connection.public_url,
             "model": self._model,
             "api": self._api,
-            "top_logprobs": self._top_logprobs,
+            "top_logprobs": manner.top_logprobs,
         }
+        # Only what departs from the default, so that answers recorded by earlier versions are found.
+        if manner.evidence != ("logprobs", "texts"):
+            identity["evidence"] = list(manner.evidence)
+        if manner.repeats > 1:
+            identity["repeats"] = manner.repeats
+        if manner.parameters:
+            identity["parameters"] = dict(manner.parameters)
+        return identity
 
     @property
     def capability(self) -> Capability:
-        """What the server was found to give; ``"label"`` as soon as one of two endpoints gives no more."""
-        found = set(self._capabilities.values())
-        if "label" in found:
-            return "label"
-        return "logprobs" if found else "unknown"
+        """What the server was found to give; the weaker of two endpoints that were asked."""
+        found = {self._asker.traits(endpoint).evidence for endpoint in ("chat", "completions")}
+        for kind in ("texts", "decisions", "logprobs"):
+            if kind in found:
+                return kind
+        return "unknown"
+
+    @property
+    def models_returned(self) -> Mapping[str, int]:
+        """Models that answered, as the server names them, and how often."""
+        return dict(self._models)
+
+    @property
+    def fingerprints(self) -> Mapping[str, int]:
+        """Server configurations that answered, and how often."""
+        return dict(self._fingerprints)
+
+    @property
+    def in_flight_limit(self) -> int:
+        """How many calls may be in flight now; between 1 and ``concurrency``, as the server bears it."""
+        return self._pace.limit
+
+    def most_completion_tokens(self, request: ScoreRequest | GenerateRequest) -> int:
+        """Upper bound of completion tokens for each announced call, reasoning tokens included."""
+        endpoint = self._endpoint(request.prompt)
+        traits = self._asker.traits(endpoint)
+        many = 1
+        if isinstance(request, GenerateRequest):
+            limit = request.max_tokens
+        else:
+            limit = label_tokens(request.candidates)
+            if "n" not in traits.refused and traits.evidence != "logprobs":
+                many = self._manner.repeats
+        unseen = endpoint == "chat" and traits.evidence is None and not traits.refused
+        room = self._manner.reasoning_tokens if traits.reasons or unseen else 0
+        return many * (limit + room)
 
     def score(
         self,
@@ -197,21 +318,13 @@ class OpenAIBackend:
         BackendError
             If no request can succeed: wrong key, unknown model, exhausted quota.
         """
-        for index, request in enumerate(requests):
-            cores = [candidate.strip() for candidate in request.candidates]
-            if not cores or not all(cores) or len(set(cores)) < len(cores):
-                raise InputError(
-                    f"requests[{index}]: candidates={list(request.candidates)!r} must be one or more labels "
-                    "that differ by more than the white space around them."
-                )
-            prompt_fields(request.prompt, self._endpoint(request.prompt))
+        self._check_labels(requests)
 
-        def width(index: int) -> int:
+        def known(request: ScoreRequest) -> bool:
             # Until it is known what the server gives, one call at a time: it would be asked twice for each.
-            known = self._endpoint(requests[index].prompt) in self._capabilities
-            return self._concurrency if known else 1
+            return self._asker.traits(self._endpoint(request.prompt)).evidence is not None
 
-        return self._blocks(len(requests), lambda i: self._score_one(requests[i]), width, on_send, on_tokens)
+        return self._blocks(requests, self._score_one, known, on_send, on_tokens)
 
     def generate(
         self,
@@ -233,136 +346,185 @@ class OpenAIBackend:
             if request.max_tokens < 1:
                 raise InputError(f"requests[{index}]: max_tokens={request.max_tokens} must be at least 1.")
             prompt_fields(request.prompt, self._endpoint(request.prompt))
-        return self._blocks(
-            len(requests),
-            lambda i: self._generate_one(requests[i]),
-            lambda index: self._concurrency,
-            on_send,
-            on_tokens,
-        )
+        return self._blocks(requests, self._generate_one, lambda request: True, on_send, on_tokens)
+
+    def _check_labels(self, requests: Sequence[ScoreRequest]) -> None:
+        for index, request in enumerate(requests):
+            cores = [candidate.strip() for candidate in request.candidates]
+            if not cores or not all(cores) or len(set(cores)) < len(cores):
+                raise InputError(
+                    f"requests[{index}]: candidates={list(request.candidates)!r} must be one or more labels "
+                    "that differ by more than the white space around them."
+                )
+            prompt_fields(request.prompt, self._endpoint(request.prompt))
 
     def _endpoint(self, prompt: Rendered) -> Endpoint:
         if self._api == "auto":
             return "completions" if isinstance(prompt, str) else "chat"
         return self._api
 
+    # -- a batch of calls
+
     def _blocks(
         self,
-        count: int,
-        call: Callable[[int], _Result],
-        width: Callable[[int], int],
+        requests: Sequence[_Request],
+        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
+        known: Callable[[_Request], bool],
         on_send: OnSend | None,
         on_tokens: OnTokens | None,
     ) -> Iterator[Sequence[tuple[int, _Result]]]:
-        """Keep calls in flight, yield what has finished; nothing is sent while the caller holds a block."""
-        if not count:
+        """Keep calls in flight, yield what has finished; nothing new is sent while the caller holds a block."""
+        if not requests:
             return
         self._connection.open()
-        waiting = deque(range(count))
+        order = Order([request.prompt for request in requests])
         flying: dict[Future[_Result], int] = {}
-        stop: Exception | None = None
-        pool = ThreadPoolExecutor(min(self._concurrency, count), thread_name_prefix="proxyprompt-openai")
+        stopped = threading.Event()
+        stop: BaseException | None = None
+        drain_until = math.inf
+        announce = on_send if on_send is not None else _nobody
         try:
-            while (waiting and stop is None) or flying:
-                while waiting and stop is None and len(flying) < width(waiting[0]):
-                    index = waiting.popleft()
-                    try:
-                        if on_send is not None:
-                            on_send((index,))
-                    except Exception as error:  # what is in flight is paid: deliver it, then raise
-                        stop = error
-                        break
-                    flying[pool.submit(call, index)] = index
-                if not flying:
-                    break
+            while (order and stop is None) or flying:
+                try:
+                    if stop is None:
+                        self._top_up(requests, order, flying, known, work, announce, stopped)
+                    done = self._finished(flying, stop is None and bool(order), drain_until)
+                except (Exception, KeyboardInterrupt) as error:
+                    if stop is not None:
+                        raise
+                    # What is in flight is paid: deliver it, then raise.
+                    stop, drain_until = error, time.monotonic() + _DRAIN
+                    stopped.set()
+                    continue
                 block: list[tuple[int, _Result]] = []
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                for future in done:
                     index = flying.pop(future)
+                    order.done(index)
                     try:
                         block.append((index, future.result()))
                     except Exception as error:
                         stop = stop or error
+                        stopped.set()
                 if block:
+                    stop = stop or self._note(result for _, result in block)
                     if on_tokens is not None:
                         on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
                     yield sorted(block, key=lambda pair: pair[0])
+                if not done and time.monotonic() >= drain_until:
+                    break
             if stop is not None:
                 raise stop
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            for future in flying:
+                future.cancel()
 
-    def _score_one(self, request: ScoreRequest) -> ScoreResult:
-        candidates, count = request.candidates, len(request.candidates)
-        usage, model = Usage(), None
+    def _top_up(
+        self,
+        requests: Sequence[_Request],
+        order: Order,
+        flying: dict[Future[_Result], int],
+        known: Callable[[_Request], bool],
+        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
+        announce: OnSend,
+        stopped: threading.Event,
+    ) -> None:
+        """Send as many more requests as may leave now, announced together."""
+        leaving: list[tuple[int, int]] = []
+        while (index := order.peek()) is not None and self._pace.delay() <= 0:
+            width = self._pace.limit if known(requests[index]) else 1
+            if len(flying) + len(leaving) >= width:
+                break
+            order.take()
+            expected = len(flat(requests[index].prompt)) // 3 + 1
+            self._pace.take(expected)
+            leaving.append((index, expected))
+        if not leaving:
+            return
+        announce([index for index, _ in leaving])
+        for index, expected in leaving:
+            call = Call(_announcer(announce, index), stopped, expected)
+            flying[self._connection.submit(work(requests[index], call, order.cache_key(index)))] = index
+
+    def _finished(
+        self, flying: Mapping[Future[_Result], int], more: bool, drain_until: float
+    ) -> set[Future[_Result]]:
+        """Wait until a call has finished, or until another one may leave."""
+        patience = self._pace.delay() if more else math.inf
+        patience = min(patience or math.inf, drain_until - time.monotonic())
+        if not flying:
+            time.sleep(max(0.0, min(patience, 1.0)))
+            return set()
+        limit = None if patience == math.inf else max(0.0, patience)
+        return wait(flying, timeout=limit, return_when=FIRST_COMPLETED).done
+
+    async def _score_one(self, request: ScoreRequest, call: Call, cache_key: str | None) -> ScoreResult:
         try:
-            answer = self._ask(request, self._endpoint(request.prompt))
-            usage, model = answer.usage, answer.model
-            if answer.listed is not None:
-                values, censored = read_labels(answer.listed, candidates)
-                return ScoreResult(values, censored, usage, model_returned=model)
-            chosen = match_label(answer.text or "", candidates)
-            if chosen is None:
-                raise UnreadableAnswerError(
-                    f"unparsable answer {(answer.text or '')[:80]!r} (finish_reason {answer.finish!r}): "
-                    "it does not begin with one of the labels"
-                )
-            labels = tuple(0.0 if k == chosen else None for k in range(count))
-            return ScoreResult(labels, (True,) * count, usage, model_returned=model)
+            return await self._asker.score(request, self._endpoint(request.prompt), call, cache_key)
+        except (CallFailedError, UnreadableAnswerError) as error:
+            return failed_score(request, self._connection.clean(str(error)), call)
+
+    async def _generate_one(
+        self, request: GenerateRequest, call: Call, cache_key: str | None
+    ) -> GenerateResult:
+        try:
+            return await self._asker.generate(request, self._endpoint(request.prompt), call, cache_key)
         except (CallFailedError, UnreadableAnswerError) as error:
             reason = self._connection.clean(str(error))
-            paid = getattr(error, "usage", None) or usage
-            return ScoreResult((None,) * count, (False,) * count, paid, reason, model)
+            return GenerateResult(None, call.usage, reason, call.model, call.uncertain)
 
-    def _ask(self, request: ScoreRequest, endpoint: Endpoint) -> Answer:
-        """An answer with ``listed`` from a server that gives log-probabilities; finds out whether it does."""
-        known = self._capabilities.get(endpoint, "unknown")
-        if known == "label":
-            return self._ask_label(request, endpoint)
-        extra: dict[str, Any] = {"logprobs": True, "top_logprobs": self._top_logprobs}
-        if endpoint == "completions":
-            extra = {"logprobs": self._top_logprobs}
-        # Room for a whole label until it is known, so that finding out costs no call of its own.
-        limit = 1 if known == "logprobs" else label_tokens(request.candidates)
-        try:
-            answer = self._connection.send(request.prompt, endpoint, limit, **extra)
-        except NoLogprobsError:
-            if known == "logprobs":
-                raise
-            self._capabilities[endpoint] = "label"
-            return self._ask_label(request, endpoint)
-        if answer.listed is not None:
-            self._capabilities[endpoint] = "logprobs"
-            return answer
-        if known == "logprobs":
-            # Its text is not used: values on two scales must not be mixed in one experiment.
-            raise UnreadableAnswerError("no log-probabilities this time, unlike before", answer.usage)
-        if not answer.text and answer.finish == "stop":
-            # The model ended at once, so there was no token to give a log-probability of.
-            raise UnreadableAnswerError("the answer is empty", answer.usage)
-        self._capabilities[endpoint] = "label"
-        return answer
+    def _note(self, results: Iterator[ScoreResult | GenerateResult]) -> BackendError | None:
+        """Remember who answered; one name answered by two models is said, or ends the run."""
+        before = set(self._models)
+        for result in results:
+            if result.model_returned is not None:
+                self._models[result.model_returned] += 1
+            if result.fingerprint is not None:
+                self._fingerprints[result.fingerprint] += 1
+        if len(self._models) < 2 or set(self._models) == before or self._model_change == "ignore":
+            return None
+        message = (
+            f"The model {self._model!r} was answered by {sorted(self._models)} in one run; "
+            "their answers are not comparable."
+        )
+        if self._model_change == "error":
+            return BackendError(message, hint="Name one dated model instead of an alias.")
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return None
 
-    def _ask_label(self, request: ScoreRequest, endpoint: Endpoint) -> Answer:
-        answer = self._connection.send(request.prompt, endpoint, label_tokens(request.candidates))
-        return replace(answer, listed=None)
 
-    def _generate_one(self, request: GenerateRequest) -> GenerateResult:
-        endpoint = self._endpoint(request.prompt)
-        stop = {"stop": list(request.stop)} if request.stop else {}
-        try:
-            answer = self._connection.send(request.prompt, endpoint, request.max_tokens, **stop)
-        except (CallFailedError, UnreadableAnswerError) as error:
-            usage = getattr(error, "usage", None) or Usage()
-            return GenerateResult(None, usage, self._connection.clean(str(error)))
-        text = answer.text
-        if text is None:
-            reason = f"the answer holds no text (finish_reason {answer.finish!r})"
-            return GenerateResult(None, answer.usage, reason, answer.model)
-        for mark in filter(None, request.stop):
-            text = text.split(mark, 1)[0]  # some servers leave the stop text in
-        return GenerateResult(text, answer.usage, model_returned=answer.model)
+def _nobody(indices: Sequence[int]) -> None:
+    """No one to tell."""
+
+
+def _announcer(announce: OnSend, index: int) -> Callable[[], None]:
+    return lambda: announce([index])
+
+
+def _fields(parameters: Mapping[str, Any] | None, repeats: int) -> Mapping[str, Any]:
+    given = dict(parameters or {})
+    own = sorted(set(given) & _OWN_FIELDS)
+    if own:
+        raise InputError(f"parameters: {', '.join(own)} are set by the backend and cannot be given.")
+    if repeats > 1 and "seed" in given:
+        raise InputError(
+            f"parameters: a seed with repeats={repeats} makes all samples alike.",
+            hint="Leave one of them out.",
+        )
+    return given
+
+
+def _check_choice(parameter: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        *most, last = map(repr, allowed)
+        raise InputError(f"{parameter}={value!r} must be {', '.join(most)} or {last}.")
 
 
 def _check_range(parameter: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InputError(f"{parameter}={value!r} must be an integer from {low} to {high}.")
+
+
+def _check_positive(parameter: str, value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{parameter}={value!r} must be a positive {what}.")

@@ -1,0 +1,110 @@
+"""Where requests go: which addresses are allowed, and how an address is shown without credentials."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from urllib.parse import SplitResult, urlsplit
+
+from proxyprompt.errors import BackendError, InputError
+
+_METADATA_HOSTS = frozenset({"metadata.google.internal", "metadata", "instance-data"})
+_METADATA = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")})
+"""Cloud metadata services outside the link-local ranges."""
+
+
+def public_url(url: str) -> str:
+    """``scheme://host[:port]/path`` of ``url``: no user, password, query or fragment."""
+    parts = _parts(url)
+    host = parts.netloc.rpartition("@")[2].lower()
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        # The value may hold a password, so the message does not repeat it.
+        raise InputError("base_url is not an http(s) URL.", hint="Give e.g. http://127.0.0.1:8080/v1")
+    return parts
+
+
+def check_address(url: str, *, allow_http: bool = False) -> None:
+    """Refuse addresses that would show a key to the wrong party.
+
+    Parameters
+    ----------
+    url : str
+    allow_http : bool
+        Whether plain HTTP may leave this machine.
+
+    Raises
+    ------
+    InputError
+        Plain HTTP to another machine; a link-local or cloud metadata address. Names are looked up by
+        :func:`check_lookup`, at the first call.
+    """
+    parts = _parts(url)
+    host = (parts.hostname or "").rstrip(".")
+    address = _as_address(host)
+    if host in _METADATA_HOSTS or (address is not None and _forbidden(address)):
+        raise InputError(f"base_url: {host!r} is a link-local or metadata address, which is never asked.")
+    loopback = host == "localhost" or host.endswith(".localhost")
+    loopback = loopback or (address is not None and address.is_loopback)
+    if parts.scheme == "http" and not loopback and not allow_http:
+        raise InputError(
+            f"base_url: plain http to {host!r} would show the key and the prompts to everyone on the way.",
+            hint="Use https, or pass allow_http=True for a server on a network that you trust.",
+        )
+
+
+def check_lookup(url: str) -> None:
+    """Refuse a name that leads to a link-local or metadata address; a name that leads nowhere fails later.
+
+    A name can lead elsewhere at the next look-up: this catches mistakes, not an attacker who owns the name.
+    """
+    host = _parts(url).hostname or ""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return
+    for *_, place in found:
+        address = _as_address(str(place[0]))
+        if address is not None and _forbidden(address):
+            raise BackendError(f"base_url: {host!r} leads to {address}, a link-local or metadata address.")
+
+
+def _as_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        try:
+            # 0xA9FEA9FE, 2852039166 and the like, which the system's resolver takes too
+            return ipaddress.ip_address(socket.inet_aton(host))
+        except (OSError, UnicodeEncodeError):
+            return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return address if mapped is None else mapped
+
+
+def _forbidden(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_link_local or address in _METADATA
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """``text`` without the secrets and anything else that looks like a credential."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "***")
+    text = re.sub(r"(?i)\b(sk-|bearer\s+)[\w.\-*]{4,}", r"\1***", text)
+    return re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)
+
+
+def one_line(text: str) -> str:
+    """White space as single spaces, at most 300 characters."""
+    return " ".join(text.split())[:300]

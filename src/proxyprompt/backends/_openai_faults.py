@@ -1,0 +1,149 @@
+"""What errors of OpenAI-compatible servers mean: for the call, for the run, and for the money.
+
+Pure functions over statuses, headers and messages; nothing here opens a connection.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Literal, TypeAlias
+
+Fault: TypeAlias = Literal["fatal", "retry", "maybe-billed", "too-many-logprobs", "unsupported", "failed"]
+"""``"fatal"`` ends the run; ``"retry"`` cost nothing and may pass; ``"maybe-billed"`` may pass, but the answer
+may have been made and charged; ``"unsupported"`` names a field that the server does not take; ``"failed"`` ends the
+call."""
+
+_FATAL_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "invalid_api_key",
+        "account_deactivated",
+        "model_not_found",
+    }
+)
+_RETRYABLE = frozenset({409, 425, 429, 500, 502, 503, 529})
+_MAYBE_BILLED = frozenset({408, 504, 524})
+"""A gateway gave up waiting for the model, which may have gone on."""
+
+_REFUSALS = re.compile(
+    r"unsupported|not support|n't support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted|not allowed"
+    r"|not available|only the default|instead|not implemented"
+)
+_BOUNDS = re.compile(r"greater than|less than|at most|maximum|max allowed|between|exceed|<=")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A fault, and with ``"unsupported"`` the field that was refused."""
+
+    fault: Fault
+    field: str | None = None
+
+
+def classify(
+    status: int, code: str | None, param: str | None, message: str, optional: Collection[str] = ()
+) -> Verdict:
+    """What an HTTP error means.
+
+    Parameters
+    ----------
+    status : int
+    code, param : str or None
+        As the server's error body names them.
+    message : str
+    optional : collection of str
+        Fields of the request's body that another attempt could do without.
+    """
+    text = message.lower()
+    if status in (401, 402, 403, 404) or code in _FATAL_CODES or 300 <= status < 400:
+        return Verdict("fatal")
+    if status in _RETRYABLE:
+        return Verdict("retry")
+    if status in _MAYBE_BILLED:
+        return Verdict("maybe-billed")
+    if code == "context_length_exceeded" or "context length" in text:
+        return Verdict("failed")
+    if status in (400, 422, 501):
+        if "max_completion_tokens" in text and "max_tokens" in optional:
+            return Verdict("unsupported", "max_tokens")
+        if _names("logprobs", text, param) or _names("top_logprobs", text, param):
+            too_many = _BOUNDS.search(text) and code != "unsupported_parameter"
+            if too_many:
+                return Verdict("too-many-logprobs")
+            if "logprobs" in optional:
+                return Verdict("unsupported", "logprobs")
+        for field in optional:
+            told = param == field and code in (
+                "unsupported_parameter",
+                "unsupported_value",
+                "unknown_parameter",
+            )
+            if told or (_names(field, text, param) and _REFUSALS.search(text)):
+                return Verdict("unsupported", field)
+    return Verdict("failed")
+
+
+def _names(field: str, text: str, param: str | None) -> bool:
+    if param is not None:
+        return param.rpartition(".")[2] == field
+    # A one-letter name is only recognised in quotes: "n" is also a letter.
+    pattern = rf"['\"`]{field}['\"`]" if len(field) < 3 else rf"(?<![\w]){field}(?![\w])"
+    return re.search(pattern, text) is not None
+
+
+def retry_after(headers: Mapping[str, str], *, now: float | None = None) -> float | None:
+    """Seconds the server asks to wait, or ``None``; ``now`` (seconds since 1970) is for HTTP dates."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            try:
+                date = parsedate_to_datetime(value)
+                seconds = max(date.timestamp() - (time.time() if now is None else now), 0.0)
+            except (TypeError, ValueError, OverflowError, IndexError):
+                continue
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What the server says is left in its current window: amount, and seconds until it is full again."""
+
+    requests: int | None = None
+    requests_reset: float | None = None
+    tokens: int | None = None
+    tokens_reset: float | None = None
+
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def read_allowance(headers: Mapping[str, str]) -> Allowance:
+    """The ``x-ratelimit-*`` headers; absent or odd ones are ``None``."""
+
+    def amount(name: str) -> int | None:
+        value = headers.get(f"x-ratelimit-remaining-{name}", "")
+        return int(value) if re.fullmatch(r"\d{1,15}", value) else None
+
+    def reset(name: str) -> float | None:
+        value = headers.get(f"x-ratelimit-reset-{name}", "")
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value)
+        if not re.fullmatch(rf"(?:{_SPAN.pattern})+", value):
+            return None
+        return sum(float(number) * _UNITS[unit] for number, unit in _SPAN.findall(value))
+
+    return Allowance(amount("requests"), reset("requests"), amount("tokens"), reset("tokens"))
