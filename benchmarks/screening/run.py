@@ -17,19 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import scipy
-from estimates import variance, verification
+from estimates import stopping, variance, verification
 from replayed import (
     BENCHES,
+    HARDEST,
     effects,
     label_fidelities,
     laws,
+    other_laws,
     pairs,
     predicted,
     rank_correlations,
     tilted,
     top2_shares,
 )
-from rules import betting, fixed_t, paired_t, study_bets
+from rules import best_possible, betting, earlier_bets, fixed_t, paired_t, study_bets
 from scipy.stats import pearsonr, spearmanr
 
 from proxyprompt import __version__
@@ -37,13 +39,14 @@ from proxyprompt.backends.replay import load_leave_one_out
 from proxyprompt.sequential import betting_rule, paired_t_rule
 
 HERE = Path(__file__).parent
-RUNS = 2000
-NULL_RUNS = 6000
+RUNS = 1500
+NULL_RUNS = 4000
 MEANS = (0.02, 0.04, 0.06, 0.08)
 LENGTHS = (50, 100, 200)
 RULES = {
     "betting, aimed at N (default), delta .05": (betting, 0.05, 0.05),
     "betting, aimed at N, delta .01": (betting, 0.01, 0.01),
+    "betting, our earlier bets, delta .05": (earlier_bets, 0.05, 0.05),
     "betting, the study's bets, delta .05": (study_bets, 0.05, 0.05),
     "paper: t after every pair, 99 %": (paired_t, 0.01, 0.005),
     "paper's rule from n = 30 on, 99 %": (lambda d, tau, delta: paired_t(d, tau, delta, 30), 0.01, 0.005),
@@ -75,12 +78,34 @@ def simulate(by_bench, tau):
                 "false_acceptance": error,
                 "worst": max(error.values()),
                 "worst_lime_like": max(v for k, v in error.items() if k.startswith("LIME")),
-                "power": {str(m): float(np.mean(list(p.values()))) for m, p in power.items()},
-                "power_at_06_by_law": power[0.06],
+                "power": {
+                    str(m): float(np.mean([v for k, v in p.items() if k != HARDEST]))
+                    for m, p in power.items()
+                },
+                "power_by_law": {str(m): p for m, p in power.items()},
                 "pairs_to_decision_at_06": float(np.mean([s.mean() for _, s in rows[0.06].values()])),
                 "pairs_to_decision_at_0": float(
                     np.mean([decide(d, tau, delta)[1].mean() for d in draws[0.0].values()])
                 ),
+            }
+    return found
+
+
+def limits(by_bench, tau=0.9, n=100):
+    """Power at .06 of this rule, of the study's, and of the best bets for a law that is known; and on the other laws."""
+    found = {}
+    for name, supports in (("laws", laws(by_bench, tau)), ("other laws", other_laws(by_bench, tau))):
+        found[name] = {}
+        for k, (law, x) in enumerate(supports.items()):
+            weights = tilted(x, 0.06)
+            d = np.random.default_rng([99, k]).choice(x, p=weights, size=(RUNS, n))
+            found[name][law] = {
+                "ours": float((betting(d, tau, 0.05)[0] > 0).mean()),
+                "earlier": float((earlier_bets(d, tau, 0.05)[0] > 0).mean()),
+                "study": float((study_bets(d, tau, 0.05)[0] > 0).mean()),
+                "limit": best_possible(x, weights, tau, 0.05, n),
+                "sd": float(np.sqrt(weights @ (x - 0.06) ** 2)),
+                "skewness": float(weights @ (x - 0.06) ** 3 / (weights @ (x - 0.06) ** 2) ** 1.5),
             }
     return found
 
@@ -203,8 +228,10 @@ def main():
         "reference_differences": against_expected(by_bench, folder / "expected.csv"),
         "rule_mismatches": check(by_bench),
         "simulation": {str(tau): simulate(by_bench, tau) for tau in (0.9, 0.8)},
+        "limits": limits(by_bench),
         "table3": tables(by_bench),
         "verification": verification(by_bench),
+        "stopping": stopping(by_bench),
         "variance": variance(by_bench),
     }
     result["seconds"] = round(time.perf_counter() - started)

@@ -115,7 +115,7 @@ def plan_screen(
     --------
     >>> plan = plan_screen(200)
     >>> plan.earliest, round(plan.detectable, 2)
-    (25, 0.05)
+    (29, 0.05)
     """
     decides = _check_rule(method, on, tau, delta)
     n_max = min(max_pairs, n_queries)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from proxyprompt import _noninferiority, _trinomial
+from proxyprompt._bets import log_wealth
 from proxyprompt.sequential import (
-    betting_rule,
     fixed_sequence,
     non_inferiority,
     paired_t_rule,
@@ -54,8 +54,9 @@ LAWS = ["two points", "tilted lattice", "skewed", "atom at the maximum", "LIME-l
 @pytest.mark.parametrize("law", LAWS)
 def test_betting_rule_keeps_its_level(law, n):
     d = draws(law, 0.0, (REPLICATIONS, n), np.random.default_rng(1))
-    decisions = [betting_rule(row, tau=TAU, delta=0.05, max_pairs=n).decision for row in d]
-    accepted, rejected = decisions.count("accepted"), decisions.count("rejected")
+    # The wealth that betting_rule looks at (tests/unit/test_sequential.py holds the two together), at every look.
+    above, below = (wealth.max(axis=1) >= np.log(20) for wealth in log_wealth(d, TAU, 0.05, n))
+    accepted, rejected = int(above.sum()), int(below.sum())
     print(f"\nbetting, {law}, N={n}: accepts {accepted}, rejects {rejected} of {REPLICATIONS}")
     assert accepted / REPLICATIONS <= 0.05
     assert rejected / REPLICATIONS <= 0.05
@@ -64,7 +65,9 @@ def test_betting_rule_keeps_its_level(law, n):
 def test_betting_rule_power():
     rng = np.random.default_rng(2)
     power = {
-        law: np.mean([betting_rule(row, tau=TAU).accepted for row in draws(law, 0.06, (400, 100), rng)])
+        law: np.mean(
+            log_wealth(draws(law, 0.06, (400, 100), rng), TAU, 0.05, 100)[0].max(axis=1) >= np.log(20)
+        )
         for law in LAWS
     }
     print("\nbetting, mu=.06, N=100:", {law: round(float(p), 3) for law, p in power.items()})

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxyprompt import _trinomial
+from proxyprompt._bets import log_wealth
 from proxyprompt.errors import InconclusiveError, InputError
 from proxyprompt.sequential import (
     betting_rule,
@@ -42,19 +43,35 @@ def test_wealth_is_a_fair_game_when_the_mean_difference_is_zero(tau, delta, n):
 
 
 def test_bets_follow_the_printed_formula():
-    d, tau, n = np.array([0.1, -0.3, 0.2, 0.0]), 0.8, 40
-    y, m, aim = (d + tau) / 1.8, tau / 1.8, 1.25 * 20
-    wealth, previous = 1.0, []
-    for i, value in enumerate(y):
-        center = (sum(previous) + 5 * m) / (i + 5)
-        var = (sum((p - center) ** 2 for p in previous) + 5 * 0.03) / (i + 5)
-        p = wealth / aim
-        z = NormalDist().inv_cdf(p)
-        bet = min(NormalDist().pdf(z) / (p * math.sqrt((n - i) * var)), 0.99 / m)
-        wealth *= 1 + bet * (value - m)
-        previous.append(value)
+    """One by one and with other means: what the docstring says, for pairs that share no bin."""
+    d, tau, n = [0.1, -0.3, 0.2, 0.0], 0.8, 40
+    normal, bets = NormalDist(), [0.99 / tau * share for share in (0.02, 0.05, *np.linspace(0.1, 1, 10))]
+    wealth = 1.0
+    for i, new in enumerate(d):
+        law = [(-tau, 4 * 0.015), (-0.3, 4 * 0.4925), (0.3, 4 * 0.4925), *((x, 1.0) for x in d[:i])]
+        total = 4 + i
+        mean = sum(w * x for x, w in law) / total
+        sd = math.sqrt(sum(w * (x - mean) ** 2 for x, w in law) / total)
+        hoped = max(mean, 3.5 * sd / math.sqrt(n))
+        law = [(x, max(w * (1 + (hoped - mean) * (x - mean) / sd**2), 0.0)) for x, w in law]
+        drift = min(hoped / sd, 0.5) * math.sqrt(n - i - 1)
+
+        def chance(bet, wealth=wealth, law=law, drift=drift):
+            after = [(min(wealth / 20 / 1.1 * (1 + bet * x), 1 - 1e-9), w) for x, w in law]
+            return sum(w * normal.cdf(normal.inv_cdf(p) + drift) for p, w in after)
+
+        wealth *= 1 + max(bets, key=chance) * new
     result = betting_rule(d, tau=tau, delta=0.05, max_pairs=n)
     assert math.exp(result.path[-1][1]) == pytest.approx(wealth, rel=1e-9)
+
+
+def test_many_runs_at_once_are_each_run_alone():
+    d = np.random.default_rng(3).normal(0.03, 0.2, size=(5, 60)).clip(-0.8, 0.5)
+    above, below = log_wealth(d, 0.8, 0.05, 60)
+    for row, up, down in zip(d, above, below, strict=True):
+        path = np.array(betting_rule(row, tau=0.8, max_pairs=60).path)
+        assert path[:, 1] == pytest.approx(up[: len(path)], abs=1e-12)
+        assert path[:, 2] == pytest.approx(down[: len(path)], abs=1e-12)
 
 
 def test_betting_rule_reasons():
@@ -100,10 +117,10 @@ def test_smallest_possible_acceptance_is_the_study_s():
 
 def test_earliest_acceptance():
     """29, 44 and 14 pairs are the fewest after which any valid rule may accept."""
-    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=100) == 37
-    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=50) == 30
-    assert earliest_acceptance(tau=0.9, delta=0.01, max_pairs=100) == 47
-    assert earliest_acceptance(tau=0.8, delta=0.05, max_pairs=32) == 15
+    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=100) == 49
+    assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=50) == 35
+    assert earliest_acceptance(tau=0.9, delta=0.01, max_pairs=100) == 59
+    assert earliest_acceptance(tau=0.8, delta=0.05, max_pairs=32) == 17
     assert earliest_acceptance(tau=0.8, delta=0.05, max_pairs=14) == 14
     assert earliest_acceptance(tau=0.9, delta=0.05, max_pairs=28) is None
     with pytest.raises(InputError, match=r"q_oracle=0: a fidelity in \(0, 1\]"):
