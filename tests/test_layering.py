@@ -64,6 +64,7 @@ LEVEL: dict[str, float] = {
     "_shrinking": 15,
     "config": 15,
     "pipeline": 16,
+    "estimate": 16.5,
     "_shrinking_summary": 17,
     "artifact": 17,
     "_pruned_requests": 18,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .config import load_config
     from .data import Splits, load_demonstrations, load_prompt, load_queries, save_prompt, split_queries
     from .errors import ProxyPromptError
+    from .estimate import RunEstimate, estimate_run
     from .explains import OutputCheck, calibrate_check
     from .explanation import QueryExplanation, explain_queries
     from .ledger import Ledger
@@ -76,6 +77,7 @@ _HOME = {
     "QuerySentences": "units",
     "QueryWords": "units",
     "Result": "pipeline",
+    "RunEstimate": "estimate",
     "Screening": "screening",
     "Settings": "settings",
     "Splits": "data",
@@ -87,6 +89,7 @@ _HOME = {
     "attribute_until_settled": "attribution",
     "build_artifact": "summary",
     "calibrate_check": "explains",
+    "estimate_run": "estimate",
     "explain_queries": "explanation",
     "load_config": "config",
     "load_demonstrations": "data",
@@ -129,6 +132,7 @@ __all__ = [
     "QuerySentences",
     "QueryWords",
     "Result",
+    "RunEstimate",
     "Screening",
     "Settings",
     "Splits",
@@ -141,6 +145,7 @@ __all__ = [
     "attribute_until_settled",
     "build_artifact",
     "calibrate_check",
+    "estimate_run",
     "explain_queries",
     "load_config",
     "load_demonstrations",

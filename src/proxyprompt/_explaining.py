@@ -18,7 +18,7 @@ from .prompt import Query
 from .screening import Screening, agreement, plan_screen, screen
 from .value_function import Values
 
-__all__ = ["Explanation", "explain", "screen_proxies"]
+__all__ = ["Explanation", "explain", "oracle_queries", "screen_proxies", "screening_rows"]
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,14 @@ def screen_proxies(run: Run) -> Screening | None:
     if not run.proxies:
         return None
     s, n = run.settings, run.prompt.n_units
-    design = _screening_design(run)
-    if design.n_coalitions == 2**n:
+    rows = screening_rows(run)
+    if rows is None:
         # With so few units every coalition is in the design; nothing is left to judge on.
         run.notes.append(
             f"With {n} demonstrations every coalition can be asked; no proxy is needed or screened."
         )
         return None
-    n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
-    taken = (
-        run.wide if run.wide is not None and run.wide.n_coalitions + n_judge <= 2 ** min(n, 30) else design
-    )
-    judges = run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=taken.coalitions)
+    design, judges = rows
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
     plan_ahead = plan_screen(
@@ -76,7 +72,7 @@ def screen_proxies(run: Run) -> Screening | None:
         tau=s.screening_tau,
         delta=s.screening_delta,
         max_pairs=s.max_pairs,
-        n_judge=n_judge,
+        n_judge=len(judges),
     )
     run.watch.note(plan_ahead.text)
 
@@ -101,6 +97,19 @@ def screen_proxies(run: Run) -> Screening | None:
     for proxy in screening.proxies:
         run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
     return screening
+
+
+def screening_rows(run: Run) -> tuple[Design, NDArray[np.bool_]] | None:
+    """Coalitions that the screen fits on and judges on; ``None`` where all of them are to be asked anyway."""
+    s, n = run.settings, run.prompt.n_units
+    design = _screening_design(run)
+    if design.n_coalitions == 2**n:
+        return None
+    n_judge = s.judge_coalitions if n > 30 else min(s.judge_coalitions, 2**n - design.n_coalitions)
+    taken = (
+        run.wide if run.wide is not None and run.wide.n_coalitions + n_judge <= 2 ** min(n, 30) else design
+    )
+    return design, run.explainer.held_out(n, n_judge, rng=run.rng(2), exclude=taken.coalitions)
 
 
 def _screening_design(run: Run) -> Design:
@@ -159,7 +168,7 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
     s, n = run.settings, run.prompt.n_units
     name = run.target.backend.name
     bought = list(screening.queries_bought) if screening is not None else []
-    queries = _oracle_queries(run.splits["explain"], bought, s.oracle_queries)
+    queries = oracle_queries(run.splits["explain"], bought, s.oracle_queries)
     run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
     design = (
         screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
@@ -226,7 +235,7 @@ def _calibrate(
     return found
 
 
-def _oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
+def oracle_queries(queries: Sequence[Query], bought: list[str], wanted: int | None) -> list[Query]:
     n = wanted if wanted is not None else max(len(bought), 30)
     first = [q for q in queries if q.id in set(bought)]
     return [*first, *(q for q in queries if q.id not in set(bought))][: max(n, 1)]

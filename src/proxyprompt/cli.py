@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,42 @@ def demo(out: Path, as_json: bool) -> None:
                 )
 
         _execute(config, as_json=as_json, before=before)
+
+
+@main.command(epilog=_EPILOG)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Output folder; overrides the config."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON on standard output.")
+def estimate(config: Path, out: Path | None, as_json: bool) -> None:
+    """Say what the run of CONFIG will still ask and cost, stage by stage; send nothing, load no weights.
+
+    What the ledger in the output folder already holds is subtracted.
+    """
+    from .config import load_config
+    from .estimate import estimate_run
+
+    with _errors(), ExitStack() as stack:
+        checked = load_config(config, output=out)
+        recorded = checked.output / "ledger.db"
+        ledger = stack.enter_context(_ledger(checked, checked.output)) if recorded.exists() else None
+        found = estimate_run(
+            checked.prompt,
+            checked.task,
+            checked.splits,
+            target=checked.target,
+            proxies=checked.proxies,
+            settings=checked.settings,
+            ledger=ledger,
+        )
+        if as_json:
+            click.echo(json.dumps(found.to_dict(), ensure_ascii=True))
+            return
+        _say(_plan(checked))
+        from .report.estimate import print_estimate
+
+        print_estimate(found)
 
 
 class _Ours(click.Group):

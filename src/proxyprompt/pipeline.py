@@ -157,54 +157,17 @@ def optimize_prompt(
         The next calls would pass ``budget_calls``, ``budget_tokens``, ``budget_usd`` or ``budget_cost`` of the settings.
     """
     settings = settings or Settings()
-    _check(prompt, task, splits, settings)
+    check_run(prompt, task, splits, settings)
     if not isinstance(ledger, Ledger):
         with Ledger(ledger) as opened:
             return optimize_prompt(
                 prompt, task, splits, target=target, proxies=proxies, settings=settings, ledger=opened,
                 observer=observer, title=title, notes=notes,
             )  # fmt: skip
-    pricing = quote_run(
-        target.identity,
-        {p.name: p.identity for p in proxies},
-        own=settings.own_price(),
-        model=settings.price_model,
+    run, key, pricing = prepare_run(
+        prompt, task, splits, target, proxies, settings, ledger, observer or Silent(), notes
     )
-    # The first accepted proxy explains, so the cheapest comes first; equal prices keep the order given.
-    proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
-    watch = observer or Silent()
-    key = _run_key(prompt, task, splits, settings, [target, *proxies])
-    limits, of_proxies = run_limits(settings, pricing)
-    run = Run(
-        prompt=prompt,
-        task=task,
-        splits=splits,
-        target=Meter(
-            target,
-            ledger,
-            role="target",
-            run=key,
-            limits=limits,
-            on_tokens=watch.tokens,
-            price=price_of_calls(target, pricing.target),
-        ),
-        proxies={
-            p.name: Meter(
-                p,
-                ledger,
-                role="proxy",
-                run=key,
-                limits=of_proxies,
-                on_tokens=watch.tokens,
-                price=price_of_calls(p, pricing.proxies[p.name]),
-            )
-            for p in proxies
-        },
-        settings=settings,
-        explainer=_EXPLAINERS[settings.explainer](),
-        watch=watch,
-        notes=list(notes),
-    )
+    watch = run.watch
     refuse_used(ledger, key, prompt, splits["sealed"])
     watch.note(plan(settings, task, len(splits["sealed"])))
     note_use(ledger, key, "explain", prompt, splits["explain"])
@@ -241,7 +204,62 @@ def optimize_prompt(
     )
 
 
-def _check(prompt: FewShotPrompt, task: Task, splits: Splits, settings: Settings) -> None:
+def prepare_run(
+    prompt: FewShotPrompt,
+    task: Task,
+    splits: Splits,
+    target: Backend,
+    proxies: Sequence[Backend],
+    settings: Settings,
+    ledger: Ledger | None,
+    watch: Observer,
+    notes: Sequence[str] = (),
+) -> tuple[Run, str, Pricing]:
+    """What the stages share, the run's key in the ledger, and prices; nothing is loaded or sent."""
+    pricing = quote_run(
+        target.identity,
+        {p.name: p.identity for p in proxies},
+        own=settings.own_price(),
+        model=settings.price_model,
+    )
+    # The first accepted proxy explains, so the cheapest comes first; equal prices keep the order given.
+    proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
+    key = _run_key(prompt, task, splits, settings, [target, *proxies])
+    limits, of_proxies = run_limits(settings, pricing)
+    run = Run(
+        prompt=prompt,
+        task=task,
+        splits=splits,
+        target=Meter(
+            target,
+            ledger,
+            role="target",
+            run=key,
+            limits=limits if ledger is not None else None,
+            on_tokens=watch.tokens,
+            price=price_of_calls(target, pricing.target),
+        ),
+        proxies={
+            p.name: Meter(
+                p,
+                ledger,
+                role="proxy",
+                run=key,
+                limits=of_proxies if ledger is not None else None,
+                on_tokens=watch.tokens,
+                price=price_of_calls(p, pricing.proxies[p.name]),
+            )
+            for p in proxies
+        },
+        settings=settings,
+        explainer=_EXPLAINERS[settings.explainer](),
+        watch=watch,
+        notes=list(notes),
+    )
+    return run, key, pricing
+
+
+def check_run(prompt: FewShotPrompt, task: Task, splits: Splits, settings: Settings) -> None:
     if prompt.n_units == 0:
         raise InputError("prompt: no demonstrations; there is nothing to attribute.")
     task.validate(prompt.demonstrations, (q for queries in splits.values() for q in queries))

@@ -77,16 +77,16 @@ max_evaluations = 4
     return folder
 
 
-def run(folder: Path, **environment: str) -> dict[str, Any]:
-    command = [
+def run(folder: Path, command: str = "run", **environment: str) -> dict[str, Any]:
+    command_line = [
         sys.executable,
         "-c",
         "from proxyprompt.cli import main; main()",
-        "run",
+        command,
         str(folder / "config.toml"),
     ]
     done = subprocess.run(
-        [*command, "--json"],
+        [*command_line, "--json"],
         capture_output=True,
         text=True,
         check=False,
@@ -97,10 +97,25 @@ def run(folder: Path, **environment: str) -> dict[str, Any]:
     return body
 
 
+def within(estimate: dict[str, Any], spent: list[dict[str, Any]]) -> None:
+    """Calls and tokens of every stage lie within what was said before."""
+    bounds = {(s["stage"], s["role"], s["model"]): s for s in estimate["stages"]}
+    assert spent
+    for row in spent:
+        if row["calls"]:
+            said = bounds[row["stage"], row["role"], row["model"]]
+            for name in ("calls", "prompt_tokens", "completion_tokens"):
+                assert said[name]["low"] <= row[name] <= said[name]["high"], (row, said)
+    assert {"tokenizer" in how for how in estimate["counting"].values()} == {True}
+
+
 def test_the_command_works_on_unseen_data_and_the_second_run_loads_and_buys_nothing(
     dataset: Path, tmp_path: Path
 ) -> None:
+    estimate = run(dataset, "estimate")
+    assert not (dataset / "proxyprompt-out").exists()
     first = run(dataset)
+    within(estimate, first["spent"])
     assert len(first["original_prompt"]["demonstrations"]) == 10
     assert sum(s["bought_now"] for s in first["spent"] if s["role"] == "target") > 0
     # The prompt's length as Gemma's tokenizer counts it: ten demonstrations of about twelve tokens, and a query.
@@ -111,6 +126,10 @@ def test_the_command_works_on_unseen_data_and_the_second_run_loads_and_buys_noth
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     second = run(dataset, PYTHONPATH=path)
+    rest = run(dataset, "estimate")
+    assert rest["run"] == estimate["run"]
+    assert rest["calls"]["target"]["low"] == 0
+    assert rest["calls"]["target"]["high"] < estimate["calls"]["target"]["high"]
     assert sum(s["bought_now"] for s in second["spent"]) == 0
     assert second["kept"] == first["kept"]
     assert second["attribution"] == first["attribution"]
