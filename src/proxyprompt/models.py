@@ -24,7 +24,13 @@ _OPTIONS: dict[str, frozenset[str]] = {
     "hf": frozenset(
         {"approximate", "dtype", "device", "threads", "memory_budget", "chat_template", "revision"}
     ),
-    "openai": frozenset({"base_url", "api", "top_logprobs", "concurrency", "timeout"}),
+    "openai": frozenset(
+        {
+            *("base_url", "api", "top_logprobs", "evidence", "repeats", "reasoning_tokens", "parameters"),
+            *("concurrency", "rpm", "tpm", "timeout", "max_tries", "max_wait", "paid_retries"),
+            *("batch", "batch_size", "batch_poll", "batch_wait", "model_change", "allow_http"),
+        }
+    ),
     "replay": frozenset({"model"}),
 }
 

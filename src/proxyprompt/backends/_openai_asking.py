@@ -37,6 +37,7 @@ from .base import Evidence, GenerateRequest, GenerateResult, Rendered, ScoreRequ
 class Traits:
     """What one endpoint was found to do; ``refused`` are fields that it does not take."""
 
+    answered: bool = False
     evidence: Evidence | None = None
     refused: set[str] = field(default_factory=set)
     reasons: bool = False
@@ -145,6 +146,7 @@ class Asker:
                 call.uncertain += error.uncertain
                 raise
             else:
+                traits.answered = True
                 call.usage += answer.usage
                 call.model, call.fingerprint = answer.model or call.model, answer.fingerprint
                 self._connection.pace.correct(

@@ -153,7 +153,11 @@ class Connection:
             self._response = _response_class(self._sdk)
             if self._given is None:
                 self._client = self._sdk.AsyncOpenAI(
-                    api_key=key, base_url=self._url, timeout=self._timeout, max_retries=0
+                    api_key=key,
+                    base_url=self._url,
+                    timeout=self._timeout,
+                    max_retries=0,
+                    http_client=self._sdk.DefaultAsyncHttpxClient(follow_redirects=False),
                 )
             else:
                 self._client = self._given.with_options(max_retries=0)
@@ -239,6 +243,54 @@ class Connection:
             if billed:
                 await self.in_thread(call.announce)
             self.pace.take(call.expected)
+
+    def manage(self, work: Callable[[Any], Any], done: Callable[[], bool] | None = None) -> Any:
+        """Do something with the client that costs nothing by itself (files, batches), from the caller's thread.
+
+        Parameters
+        ----------
+        work : callable
+            From the client to a result, or to an awaitable of it.
+        done : callable, optional
+            Asked after an attempt that brought no answer whether it was carried out all the same.
+
+        Raises
+        ------
+        BackendError
+            If it is refused.
+        RetryableBackendError
+            If nothing came back in ``max_tries`` attempts.
+        """
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return self.submit(self._managed(work)).result()
+            except self._sdk.APIStatusError as error:
+                verdict = classify(error.status_code, error.code, error.param, error.message)
+                reason = f"HTTP {error.status_code}: {self.clean(error.message)}"
+                if verdict.fault not in ("retry", "maybe-billed"):
+                    raise BackendError(
+                        f"{self.model!r} at {self.public_url}: {reason}",
+                        hint=_HINTS.get(error.status_code, ""),
+                    ) from None
+                pause = retry_after(error.response.headers)
+            except self._sdk.APIConnectionError as error:
+                pause, _, reason = self._after_connection(error)
+            if done is not None and done():
+                return None
+            if tries >= self._patience.tries or (pause or 0) > self._patience.max_wait:
+                raise RetryableBackendError(
+                    f"{self.model!r} at {self.public_url}: {reason} after {_times(tries)}.",
+                    hint="What is under way is written down; run again when the server is back.",
+                )
+            ceiling = min(_FIRST_PAUSE * 2.0 ** (tries - 1), _LONGEST_PAUSE)
+            time.sleep(ceiling * _jitter.uniform(0.5, 1.0) if pause is None else pause)
+
+    async def _managed(self, work: Callable[[Any], Any]) -> Any:
+        if isinstance(self._client, self._sdk.AsyncOpenAI):
+            return await work(self._client)
+        return await self.in_thread(work, self._client)
 
     async def _attempt(self, path: str, body: Mapping[str, Any]) -> Any:
         # An authorization header must not follow a redirection to somewhere else.

@@ -85,7 +85,8 @@ def classify(
                 "unsupported_value",
                 "unknown_parameter",
             )
-            if told or (_names(field, text, param) and _REFUSALS.search(text)):
+            # A limit on tokens may also be too large; the other fields have values that every server that takes them takes.
+            if told or (_names(field, text, param) and (field != "max_tokens" or _REFUSALS.search(text))):
                 return Verdict("unsupported", field)
     return Verdict("failed")
 

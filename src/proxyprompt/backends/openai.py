@@ -7,25 +7,25 @@ like. What a server can do is found out by asking it, never by the model's name.
 from __future__ import annotations
 
 import math
-import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from proxyprompt.errors import BackendError, InputError
 
 from ._openai_asking import Asker, Manner, checked_evidence, failed_score
+from ._openai_batch import Batches, BatchTerms, cancel, under_way
 from ._openai_connection import Call, CallFailedError, Connection, Patience
+from ._openai_flow import Flow
 from ._openai_labels import UnreadableAnswerError, label_tokens
-from ._openai_order import Order, flat
 from ._openai_pace import Pace
 from ._openai_wire import Endpoint, prompt_fields
 from .base import (
     GenerateRequest,
     GenerateResult,
+    Journal,
     OnSend,
     OnTokens,
     Rendered,
@@ -38,11 +38,6 @@ __all__ = ["OpenAIBackend"]
 Capability: TypeAlias = Literal["unknown", "logprobs", "decisions", "texts"]
 
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
-_Result = TypeVar("_Result", ScoreResult, GenerateResult)
-
-_DRAIN = 30.0
-"""Seconds that calls in flight are waited for after an interruption: they are paid."""
-
 _OWN_FIELDS = frozenset(
     {
         "logprobs", "max_completion_tokens", "max_tokens", "messages", "model", "n", "prompt", "prompt_cache_key",
@@ -96,6 +91,15 @@ class OpenAIBackend:
         Of the attempts, how many may follow on one that brought nothing back but may have been billed.
     model_change : {"warn", "error", "ignore"}
         What to do when one name is answered by two models in one run.
+    batch : bool
+        Whether to send requests as batches of the provider: half the price, answers within a day. One request per
+        endpoint is asked at once, to find out what the server takes. See Notes.
+    batch_size : int
+        Most requests in one batch, 1 to 50,000.
+    batch_poll : float
+        Seconds between two looks at a batch.
+    batch_wait : float, optional
+        Seconds after which this process stops waiting and says so; the next run collects.
     allow_http : bool
         Whether plain HTTP may leave this machine.
     name : str, optional
@@ -156,9 +160,13 @@ class OpenAIBackend:
     **Prompt caches.** Prompts that share a long beginning are sent one after the other, the first of them alone, with
     ``prompt_cache_key`` where the server takes it.
 
+    **Batches.** What is sent is written down first, in the ledger where there is one, so a run that is stopped (by Ctrl-C,
+    ``kill -9``, ``batch_wait``) goes on where it was, in any process, and sends nothing again. Requests that expire or meet
+    an overloaded server are sent three times at most. Without a ledger nothing survives the process.
+
     References
     ----------
-    .. [1] OpenAI API reference, "Create chat completion", "Create completion", "Create decision".
+    .. [1] OpenAI API reference, "Create chat completion", "Create completion", "Create decision", "Create batch".
 
     Examples
     --------
@@ -187,6 +195,10 @@ class OpenAIBackend:
         max_wait: float = 900,
         paid_retries: int = 1,
         model_change: Literal["warn", "error", "ignore"] = "warn",
+        batch: bool = False,
+        batch_size: int = 50_000,
+        batch_poll: float = 30,
+        batch_wait: float | None = None,
         allow_http: bool = False,
         name: str | None = None,
     ) -> None:
@@ -200,13 +212,19 @@ class OpenAIBackend:
         _check_range("reasoning_tokens", reasoning_tokens, 0, 1_000_000)
         _check_range("max_tries", max_tries, 1, 20)
         _check_range("paid_retries", paid_retries, 0, 20)
+        for parameter, flag in (("batch", batch), ("allow_http", allow_http)):
+            if not isinstance(flag, bool):
+                raise InputError(f"{parameter}={flag!r} must be true or false.")
+        _check_range("batch_size", batch_size, 1, 50_000)
         for parameter, value, what in (
             ("timeout", timeout, "number of seconds"),
             ("max_wait", max_wait, "number of seconds"),
+            ("batch_poll", batch_poll, "number of seconds"),
+            ("batch_wait", batch_wait, "number of seconds"),
             ("rpm", rpm, "number of requests"),
             ("tpm", tpm, "number of tokens"),
         ):
-            if value is not None or parameter in ("timeout", "max_wait"):
+            if value is not None or parameter in ("timeout", "max_wait", "batch_poll"):
                 _check_positive(parameter, value, what)
         self._manner = Manner(
             model,
@@ -216,6 +234,12 @@ class OpenAIBackend:
             reasoning_tokens,
             _fields(parameters, repeats),
         )
+        if batch and "decisions" in self._manner.evidence:
+            raise InputError(
+                f"evidence={evidence!r} with batch=True: the decisions endpoint takes no batches.",
+                hint="Leave one of them out.",
+            )
+        self._batch = BatchTerms(batch_size, batch_poll, batch_wait) if batch else None
         self._pace = Pace(concurrency, rpm=rpm, tpm=tpm)
         self._connection = Connection(
             model,
@@ -228,6 +252,7 @@ class OpenAIBackend:
             allow_http=allow_http,
         )
         self._asker = Asker(self._connection, self._manner)
+        self._flow = Flow(self._connection, self._note)
         self._model = model
         self._api = api
         self._model_change = model_change
@@ -287,6 +312,26 @@ class OpenAIBackend:
         """How many calls may be in flight now; between 1 and ``concurrency``, as the server bears it."""
         return self._pace.limit
 
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether calls outlive the process: with ``batch=True``."""
+        return self._batch is not None
+
+    def under_way(self, journal: Journal) -> Sequence[int]:
+        """Indices of ``journal.keys`` that an earlier process has sent and nobody has collected."""
+        return under_way(journal)
+
+    def cancel(self, journal: Journal) -> list[str]:
+        """Ask the provider to stop the batches of a journal; what they have answered is collected by the next run.
+
+        Returns
+        -------
+        list of str
+            Ids of the batches that were still at work.
+        """
+        self._connection.open()
+        return cancel(self._connection, journal)
+
     def most_completion_tokens(self, request: ScoreRequest | GenerateRequest) -> int:
         """Upper bound of completion tokens for each announced call, reasoning tokens included."""
         endpoint = self._endpoint(request.prompt)
@@ -298,9 +343,8 @@ class OpenAIBackend:
             limit = label_tokens(request.candidates)
             if "n" not in traits.refused and traits.evidence != "logprobs":
                 many = self._manner.repeats
-        unseen = endpoint == "chat" and traits.evidence is None and not traits.refused
-        room = self._manner.reasoning_tokens if traits.reasons or unseen else 0
-        return many * (limit + room)
+        # A model is seen to reason before the first call with room for it is announced.
+        return many * (limit + (self._manner.reasoning_tokens if traits.reasons else 0))
 
     def score(
         self,
@@ -308,8 +352,11 @@ class OpenAIBackend:
         *,
         on_send: OnSend | None = None,
         on_tokens: OnTokens | None = None,
+        journal: Journal | None = None,
     ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
         """Yield blocks of ``(index, ScoreResult)`` as calls finish; see the class's Notes.
+
+        ``journal`` is where batches are written down; without one they are lost with the process.
 
         Raises
         ------
@@ -324,7 +371,12 @@ class OpenAIBackend:
             # Until it is known what the server gives, one call at a time: it would be asked twice for each.
             return self._asker.traits(self._endpoint(request.prompt)).evidence is not None
 
-        return self._blocks(requests, self._score_one, known, on_send, on_tokens)
+        if self._batch is not None:
+            make = partial(self._batches, requests, journal)
+            return self._flow.batched(
+                requests, self._score_one, known, on_send, on_tokens, make, self._endpoint_of
+            )
+        return self._flow.blocks(requests, self._score_one, known, on_send, on_tokens)
 
     def generate(
         self,
@@ -332,8 +384,9 @@ class OpenAIBackend:
         *,
         on_send: OnSend | None = None,
         on_tokens: OnTokens | None = None,
+        journal: Journal | None = None,
     ) -> Iterator[Sequence[tuple[int, GenerateResult]]]:
-        """Yield blocks of ``(index, GenerateResult)`` as calls finish.
+        """Yield blocks of ``(index, GenerateResult)`` as calls finish; ``journal`` as in :meth:`score`.
 
         Raises
         ------
@@ -346,7 +399,16 @@ class OpenAIBackend:
             if request.max_tokens < 1:
                 raise InputError(f"requests[{index}]: max_tokens={request.max_tokens} must be at least 1.")
             prompt_fields(request.prompt, self._endpoint(request.prompt))
-        return self._blocks(requests, self._generate_one, lambda request: True, on_send, on_tokens)
+
+        def known(request: GenerateRequest) -> bool:
+            return self._batch is None or self._asker.traits(self._endpoint(request.prompt)).answered
+
+        if self._batch is not None:
+            make = partial(self._batches, requests, journal)
+            return self._flow.batched(
+                requests, self._generate_one, known, on_send, on_tokens, make, self._endpoint_of
+            )
+        return self._flow.blocks(requests, self._generate_one, known, on_send, on_tokens)
 
     def _check_labels(self, requests: Sequence[ScoreRequest]) -> None:
         for index, request in enumerate(requests):
@@ -363,100 +425,19 @@ class OpenAIBackend:
             return "completions" if isinstance(prompt, str) else "chat"
         return self._api
 
-    # -- a batch of calls
+    def _endpoint_of(self, request: ScoreRequest | GenerateRequest) -> Endpoint:
+        return self._endpoint(request.prompt)
 
-    def _blocks(
-        self,
-        requests: Sequence[_Request],
-        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
-        known: Callable[[_Request], bool],
-        on_send: OnSend | None,
-        on_tokens: OnTokens | None,
-    ) -> Iterator[Sequence[tuple[int, _Result]]]:
-        """Keep calls in flight, yield what has finished; nothing new is sent while the caller holds a block."""
-        if not requests:
-            return
-        self._connection.open()
-        order = Order([request.prompt for request in requests])
-        flying: dict[Future[_Result], int] = {}
-        stopped = threading.Event()
-        stop: BaseException | None = None
-        drain_until = math.inf
-        announce = on_send if on_send is not None else _nobody
-        try:
-            while (order and stop is None) or flying:
-                try:
-                    if stop is None:
-                        self._top_up(requests, order, flying, known, work, announce, stopped)
-                    done = self._finished(flying, stop is None and bool(order), drain_until)
-                except (Exception, KeyboardInterrupt) as error:
-                    if stop is not None:
-                        raise
-                    # What is in flight is paid: deliver it, then raise.
-                    stop, drain_until = error, time.monotonic() + _DRAIN
-                    stopped.set()
-                    continue
-                block: list[tuple[int, _Result]] = []
-                for future in done:
-                    index = flying.pop(future)
-                    order.done(index)
-                    try:
-                        block.append((index, future.result()))
-                    except Exception as error:
-                        stop = stop or error
-                        stopped.set()
-                if block:
-                    stop = stop or self._note(result for _, result in block)
-                    if on_tokens is not None:
-                        on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
-                    yield sorted(block, key=lambda pair: pair[0])
-                if not done and time.monotonic() >= drain_until:
-                    break
-            if stop is not None:
-                raise stop
-        finally:
-            stopped.set()
-            for future in flying:
-                future.cancel()
+    def _batches(
+        self, requests: Sequence[_Request], journal: Journal | None, announce: OnSend
+    ) -> Batches[_Request, Any]:
+        assert self._batch is not None
+        notes = journal if journal is not None else _Forgetful([str(k) for k in range(len(requests))])
+        return Batches(
+            self._connection, self._asker, self._batch, notes, requests, self._endpoint_of, announce
+        )
 
-    def _top_up(
-        self,
-        requests: Sequence[_Request],
-        order: Order,
-        flying: dict[Future[_Result], int],
-        known: Callable[[_Request], bool],
-        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
-        announce: OnSend,
-        stopped: threading.Event,
-    ) -> None:
-        """Send as many more requests as may leave now, announced together."""
-        leaving: list[tuple[int, int]] = []
-        while (index := order.peek()) is not None and self._pace.delay() <= 0:
-            width = self._pace.limit if known(requests[index]) else 1
-            if len(flying) + len(leaving) >= width:
-                break
-            order.take()
-            expected = len(flat(requests[index].prompt)) // 3 + 1
-            self._pace.take(expected)
-            leaving.append((index, expected))
-        if not leaving:
-            return
-        announce([index for index, _ in leaving])
-        for index, expected in leaving:
-            call = Call(_announcer(announce, index), stopped, expected)
-            flying[self._connection.submit(work(requests[index], call, order.cache_key(index)))] = index
-
-    def _finished(
-        self, flying: Mapping[Future[_Result], int], more: bool, drain_until: float
-    ) -> set[Future[_Result]]:
-        """Wait until a call has finished, or until another one may leave."""
-        patience = self._pace.delay() if more else math.inf
-        patience = min(patience or math.inf, drain_until - time.monotonic())
-        if not flying:
-            time.sleep(max(0.0, min(patience, 1.0)))
-            return set()
-        limit = None if patience == math.inf else max(0.0, patience)
-        return wait(flying, timeout=limit, return_when=FIRST_COMPLETED).done
+    # -- single requests
 
     async def _score_one(self, request: ScoreRequest, call: Call, cache_key: str | None) -> ScoreResult:
         try:
@@ -493,12 +474,20 @@ class OpenAIBackend:
         return None
 
 
-def _nobody(indices: Sequence[int]) -> None:
-    """No one to tell."""
+class _Forgetful:
+    """A journal that lives as long as one call."""
 
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = keys
+        self._entries: dict[str, str] = {}
 
-def _announcer(announce: OnSend, index: int) -> Callable[[], None]:
-    return lambda: announce([index])
+    def read(self) -> Mapping[str, str]:
+        return self._entries
+
+    def write(self, name: str, entry: str | None) -> None:
+        self._entries.pop(name, None)
+        if entry is not None:
+            self._entries[name] = entry
 
 
 def _fields(parameters: Mapping[str, Any] | None, repeats: int) -> Mapping[str, Any]:

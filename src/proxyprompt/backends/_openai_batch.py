@@ -1,0 +1,480 @@
+"""Requests sent as provider batches: half the price, up to a day later, and collected by whichever process comes.
+
+What is under way is written to a :class:`~proxyprompt.backends.base.Journal` *before* it is sent, with the keys of the
+requests as ``custom_id``. A process that finds a batch there waits for it instead of sending again, also when the one
+that sent it died between the provider's acceptance and its own note: batches carry the job's name in their metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
+
+from proxyprompt.errors import BackendError, RetryableBackendError
+
+from ._openai_asking import Asker, failed_score, read_score
+from ._openai_connection import Call, Connection
+from ._openai_labels import UnreadableAnswerError, read_texts
+from ._openai_wire import PATHS, Endpoint, read_answer
+from .base import (
+    Evidence,
+    GenerateRequest,
+    GenerateResult,
+    Journal,
+    OnSend,
+    ScoreRequest,
+    ScoreResult,
+    Usage,
+)
+
+_TAG = "proxyprompt"
+_OVER = frozenset({"completed", "expired", "cancelled", "failed"})
+_MOST_BYTES = 190_000_000
+_LONG_PAST = 40 * 86_400.0
+"""Seconds after which an entry of the journal is dropped: providers keep results for 30 days."""
+
+_Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
+_Result = TypeVar("_Result", ScoreResult, GenerateResult)
+
+
+@dataclass(frozen=True)
+class BatchTerms:
+    """How batches are sent and waited for.
+
+    Parameters
+    ----------
+    size : int
+        Most requests in one batch.
+    poll : float
+        Seconds between two looks at a batch.
+    wait : float or None
+        Seconds after which this process stops waiting; the batch goes on, and a later run collects it.
+    rounds : int
+        How often requests that expired or met an overloaded server are sent in all.
+    """
+
+    size: int = 50_000
+    poll: float = 30.0
+    wait: float | None = None
+    rounds: int = 3
+
+
+@dataclass
+class Job:
+    """One batch as the journal knows it; ``batch`` is ``None`` until the provider has accepted it."""
+
+    name: str
+    endpoint: Endpoint
+    kind: Literal["score", "generate"]
+    keys: list[str]
+    evidence: Evidence | None = None
+    copies: int = 1
+    file: str | None = None
+    batch: str | None = None
+    created: float = 0.0
+    delivered: list[str] = field(default_factory=list)
+
+    def save(self, journal: Journal) -> None:
+        """Write the entry."""
+        journal.write(self.name, json.dumps(asdict(self), separators=(",", ":")))
+
+    def custom_ids(self, key: str) -> list[str]:
+        """The names of one request's lines; providers take 64 characters."""
+        return [key] if self.copies == 1 else [f"{key[:56]}#{copy}" for copy in range(self.copies)]
+
+    def left(self) -> list[str]:
+        """Keys that have not been handed to a caller yet."""
+        done = set(self.delivered)
+        return [key for key in self.keys if key not in done]
+
+
+def read_jobs(journal: Journal) -> list[Job]:
+    """All jobs of a journal; what cannot be read was written by another version and is an error."""
+    jobs = []
+    for name, entry in journal.read().items():
+        try:
+            jobs.append(Job(**json.loads(entry)))
+        except (ValueError, TypeError) as error:
+            raise BackendError(
+                f"The journal's entry {name!r} is not understood: {error}.",
+                hint="It was written by another version; use that one to collect the batch.",
+            ) from error
+    return jobs
+
+
+def under_way(journal: Journal) -> list[int]:
+    """Indices of the requests of ``journal.keys`` that an earlier process sent and nobody has collected."""
+    pending = {key for job in read_jobs(journal) for key in job.left()}
+    return [index for index, key in enumerate(journal.keys) if key in pending]
+
+
+class Batches(Generic[_Request, _Result]):
+    """Sends and collects the batches of one call of ``score`` or ``generate``.
+
+    Parameters
+    ----------
+    connection : Connection
+    asker : Asker
+    terms : BatchTerms
+    journal : Journal
+    requests : sequence
+    endpoint : callable
+        Of a request.
+    announce : callable
+        ``on_send``.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        asker: Asker,
+        terms: BatchTerms,
+        journal: Journal,
+        requests: Sequence[_Request],
+        endpoint: Callable[[_Request], Endpoint],
+        announce: OnSend,
+    ) -> None:
+        self._connection = connection
+        self._asker = asker
+        self._terms = terms
+        self._journal = journal
+        self._requests: Sequence[_Request] = requests
+        self._endpoint: Callable[[_Request], Endpoint] = endpoint
+        self._announce = announce
+        self._index = {key: index for index, key in enumerate(journal.keys)}
+        self._jobs: dict[str, Job] = {}
+        self._sent: dict[int, int] = {}
+
+    def resume(self) -> set[int]:
+        """Take up the jobs of the journal that concern this call; gives the indices they cover."""
+        covered: set[int] = set()
+        for job in read_jobs(self._journal):
+            mine = [self._index[key] for key in job.left() if key in self._index]
+            if not mine:
+                if time.time() - job.created > _LONG_PAST:
+                    self._journal.write(job.name, None)
+                continue
+            if job.batch is None:
+                # Its sender died on the way; the provider may have accepted it all the same.
+                job.batch = self._find(job.name)
+                if job.batch is None:
+                    self._journal.write(job.name, None)
+                    continue
+                job.save(self._journal)
+            self._jobs[job.name] = job
+            covered.update(mine)
+        if covered:
+            # They are on their way again in this process's books.
+            self._announce(sorted(covered))
+        return covered
+
+    def send(self, indices: Sequence[int]) -> None:
+        """Submit requests, as few batches as their limits allow."""
+        by_endpoint: dict[Endpoint, list[int]] = {}
+        for index in indices:
+            by_endpoint.setdefault(self._endpoint(self._requests[index]), []).append(index)
+        for endpoint, members in by_endpoint.items():
+            chunk: list[int] = []
+            lines: list[bytes] = []
+            size = 0
+            for index in members:
+                new = self._lines(endpoint, index)
+                if chunk and (
+                    len(lines) + len(new) > self._terms.size or size + sum(map(len, new)) > _MOST_BYTES
+                ):
+                    self._submit(endpoint, chunk, lines)
+                    chunk, lines, size = [], [], 0
+                chunk.append(index)
+                lines += new
+                size += sum(map(len, new))
+            if chunk:
+                self._submit(endpoint, chunk, lines)
+
+    def collect(self) -> Iterator[list[tuple[int, _Result]]]:
+        """Wait for all batches, yield the results of each when it is over, send again what expired."""
+        started = time.monotonic()
+        while self._jobs:
+            again: list[int] = []
+            for job in list(self._jobs.values()):
+                status = self._status(job)
+                if status.status not in _OVER:
+                    continue
+                if status.status == "failed":
+                    self._journal.write(job.name, None)
+                    raise self._refused(job, status)
+                block, unanswered = self._results(job, status)
+                if block:
+                    yield block
+                # The caller has made them durable by now.
+                del self._jobs[job.name]
+                job.delivered += [self._journal.keys[index] for index, _ in block]
+                job.delivered += [self._journal.keys[index] for index in unanswered]
+                if job.left():
+                    job.save(self._journal)
+                else:
+                    self._journal.write(job.name, None)
+                again += unanswered
+            if again:
+                self.send(again)
+                continue
+            if self._jobs:
+                self._pause(started)
+
+    def _pause(self, started: float) -> None:
+        wait = self._terms.wait
+        if wait is not None and time.monotonic() - started >= wait:
+            names = ", ".join(str(job.batch) for job in self._jobs.values())
+            count = sum(len(job.left()) for job in self._jobs.values())
+            raise RetryableBackendError(
+                f"{count} requests are still under way in {len(self._jobs)} batches ({names}).",
+                hint="Run again later: they are collected then, and nothing is sent twice.",
+            )
+        time.sleep(self._terms.poll)
+
+    # -- one batch
+
+    def _copies(self, endpoint: Endpoint) -> int:
+        """Lines per request: several where the server makes one sample per call only."""
+        traits = self._asker.traits(endpoint)
+        texts = traits.evidence == "texts" and self._asker.manner.repeats > 1
+        return self._asker.manner.repeats if texts and "n" in traits.refused else 1
+
+    def _job(self, endpoint: Endpoint, keys: list[str]) -> Job:
+        score = bool(self._requests) and isinstance(self._requests[0], ScoreRequest)
+        return Job(
+            name=uuid.uuid4().hex,
+            endpoint=endpoint,
+            kind="score" if score else "generate",
+            keys=keys,
+            evidence=self._asker.traits(endpoint).evidence if score else None,
+            copies=self._copies(endpoint) if score else 1,
+            created=time.time(),
+        )
+
+    def _lines(self, endpoint: Endpoint, index: int) -> list[bytes]:
+        request, key = self._requests[index], self._journal.keys[index]
+        job = self._job(endpoint, [key])
+        if isinstance(request, ScoreRequest):
+            body = self._asker.score_fields(request, endpoint, job.evidence or "texts")
+        else:
+            body = self._asker.text_fields(request, endpoint)
+        return [
+            json.dumps(
+                {"custom_id": name, "method": "POST", "url": "/v1" + PATHS[endpoint], "body": body},
+                separators=(",", ":"),
+            ).encode()
+            + b"\n"
+            for name in job.custom_ids(key)
+        ]
+
+    def _submit(self, endpoint: Endpoint, indices: Sequence[int], lines: Sequence[bytes]) -> None:
+        job = self._job(endpoint, [self._journal.keys[index] for index in indices])
+        for _ in range(job.copies):
+            self._announce(indices)
+        for index in indices:
+            self._sent[index] = self._sent.get(index, 0) + 1
+        job.save(self._journal)
+        upload = (f"{job.name}.jsonl", b"".join(lines), "application/jsonl")
+        job.file = self._do(lambda client: client.files.create(file=upload, purpose="batch")).id
+        job.save(self._journal)
+
+        def create(client: Any) -> Any:
+            return client.batches.create(
+                input_file_id=job.file,
+                endpoint="/v1" + PATHS[endpoint],
+                completion_window="24h",
+                metadata={_TAG: job.name},
+            )
+
+        # A creation that got no answer may have happened: it is looked for before it is repeated.
+        job.batch = self._do(create, otherwise=lambda: self._find(job.name))
+        job.save(self._journal)
+        self._jobs[job.name] = job
+
+    def _do(self, work: Callable[[Any], Any], otherwise: Callable[[], str | None] | None = None) -> Any:
+        found: list[str] = []
+
+        def check() -> bool:
+            name = otherwise() if otherwise is not None else None
+            found.extend([name] if name is not None else [])
+            return bool(found)
+
+        result = self._connection.manage(work, check if otherwise is not None else None)
+        if otherwise is None:
+            return result
+        return found[0] if found else result.id
+
+    def _find(self, name: str) -> str | None:
+        """The id of the batch that carries a job's name, among the newest ones of the account."""
+        after: str | None = None
+        for _ in range(20):
+            more = {"after": after} if after else {}
+            page = self._connection.manage(partial(_list, more))
+            for batch in page.data:
+                if (batch.metadata or {}).get(_TAG) == name:
+                    return str(batch.id)
+            if not page.data or not getattr(page, "has_more", False):
+                return None
+            after = page.data[-1].id
+        return None
+
+    def _status(self, job: Job) -> Any:
+        try:
+            return self._connection.manage(partial(_retrieve, str(job.batch)))
+        except BackendError as error:
+            if "HTTP 404" in str(error):
+                self._journal.write(job.name, None)
+            raise
+
+    def _refused(self, job: Job, status: Any) -> BackendError:
+        told = [item.message for item in (status.errors.data or [])] if status.errors else []
+        reason = self._connection.clean("; ".join(map(str, told[:3])) or "no reason given")
+        return BackendError(
+            f"The provider refused the batch {job.batch} of {len(job.keys)} requests: {reason}.",
+            hint="Nothing of it was billed. If it was too large for the account's queue, lower batch_size.",
+        )
+
+    def _results(self, job: Job, status: Any) -> tuple[list[tuple[int, _Result]], list[int]]:
+        """What a batch that is over brought, and which requests are worth sending again."""
+        replies: dict[str, Mapping[str, Any]] = {}
+        for file in (status.output_file_id, status.error_file_id):
+            if file:
+                content = self._connection.manage(partial(_content, file)).content
+                replies.update(_replies(content))
+        block: list[tuple[int, _Result]] = []
+        again: list[int] = []
+        for key in job.left():
+            index = self._index.get(key)
+            if index is None:
+                continue
+            own = [replies.get(name) for name in job.custom_ids(key)]
+            answered = [
+                reply["body"] for reply in own if reply is not None and reply.get("status_code") == 200
+            ]
+            refused = next((r for r in own if r is not None and r.get("status_code") != 200), None)
+            if answered:
+                block.append((index, self._read(job, index, answered)))
+            elif (
+                status.status != "cancelled"
+                and self._passing(refused)
+                and self._tries(index) < self._terms.rounds
+            ):
+                again.append(index)
+            else:
+                reason = f"the batch {job.batch} is {status.status} without an answer to it"
+                block.append((index, self._failed(index, _told(refused) or reason)))
+        return block, again
+
+    def _tries(self, index: int) -> int:
+        return self._sent.get(index, 1)
+
+    @staticmethod
+    def _passing(refused: Mapping[str, Any] | None) -> bool:
+        """Whether no answer came for a reason that passes: expired, overloaded, lost."""
+        code = None if refused is None else refused.get("status_code")
+        return code is None or code in (408, 409, 429, 500, 502, 503, 504, 529)
+
+    def _failed(self, index: int, reason: str) -> Any:
+        request, call = self._requests[index], Call(_nothing, _NEVER)
+        reason = self._connection.clean(reason)
+        if isinstance(request, ScoreRequest):
+            return failed_score(request, reason, call)
+        return GenerateResult(None, Usage(), reason)
+
+    def _read(self, job: Job, index: int, bodies: Sequence[Mapping[str, Any]]) -> Any:
+        request = self._requests[index]
+        usage = Usage()
+        try:
+            if isinstance(request, GenerateRequest):
+                answer = read_answer(bodies[0], job.endpoint)
+                call = Call(_nothing, _NEVER, usage=answer.usage)
+                return Asker.read_text(request, answer, call)
+            if job.copies == 1:
+                return read_score(request, job.endpoint, job.evidence or "texts", bodies[0])
+            answers = [read_answer(body, job.endpoint) for body in bodies]
+            usage = sum((answer.usage for answer in answers), Usage())
+            values, samples = read_texts([c.text for a in answers for c in a.choices], request.candidates)
+            last = answers[-1]
+            return ScoreResult(*values, usage, None, last.model, 0, "texts", samples, last.fingerprint)
+        except UnreadableAnswerError as error:
+            call = Call(_nothing, _NEVER, usage=error.usage or usage, uncertain=error.uncertain)
+            reason = self._connection.clean(str(error))
+            if isinstance(request, ScoreRequest):
+                return failed_score(request, reason, call)
+            return GenerateResult(None, call.usage, reason, uncertain=call.uncertain)
+
+
+def cancel(connection: Connection, journal: Journal) -> list[str]:
+    """Ask the provider to stop all batches of a journal; what they have answered is still collected by the next run.
+
+    Returns
+    -------
+    list of str
+        Ids of the batches that were still at work.
+    """
+    stopped = []
+    for job in read_jobs(journal):
+        if job.batch is None:
+            continue
+        status = connection.manage(partial(_retrieve, job.batch))
+        if status.status not in _OVER:
+            connection.manage(partial(_cancel, job.batch))
+            stopped.append(job.batch)
+    return stopped
+
+
+def _list(more: Mapping[str, str], client: Any) -> Any:
+    return client.batches.list(limit=100, **more)
+
+
+def _retrieve(batch: str, client: Any) -> Any:
+    return client.batches.retrieve(batch)
+
+
+def _cancel(batch: str, client: Any) -> Any:
+    return client.batches.cancel(batch)
+
+
+def _content(file: str, client: Any) -> Any:
+    return client.files.content(file)
+
+
+def _replies(content: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and ``{"status_code", "body"}`` (or an error) of each line of a file of results; odd lines are left out."""
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("custom_id"), str):
+            continue
+        response, error = entry.get("response"), entry.get("error")
+        if isinstance(response, dict) and isinstance(response.get("body"), dict):
+            yield entry["custom_id"], response
+        else:
+            yield entry["custom_id"], {"error": error}
+
+
+def _told(refused: Mapping[str, Any] | None) -> str | None:
+    """The error of a reply, in words."""
+    if refused is None:
+        return None
+    body, error = refused.get("body"), refused.get("error")
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        error = body["error"]
+    message = error.get("message") if isinstance(error, dict) else None
+    code = refused.get("status_code")
+    return (f"HTTP {code}: " if code else "") + str(message or "the batch gave no answer to it")
+
+
+_NEVER = threading.Event()
+
+
+def _nothing() -> None:
+    """Nobody to tell."""

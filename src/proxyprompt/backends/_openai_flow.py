@@ -1,0 +1,204 @@
+"""Many calls in flight, blocks out of an iterator: the seam between the caller's thread and the connection's loop."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, TypeVar
+
+from proxyprompt.errors import BackendError
+
+from ._openai_batch import Batches
+from ._openai_connection import Call, Connection
+from ._openai_order import Order, flat
+from ._openai_wire import Endpoint
+from .base import (
+    GenerateRequest,
+    GenerateResult,
+    OnSend,
+    OnTokens,
+    ScoreRequest,
+    ScoreResult,
+)
+
+_Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
+_Result = TypeVar("_Result", ScoreResult, GenerateResult)
+
+_DRAIN = 30.0
+"""Seconds that calls in flight are waited for after an interruption: they are paid."""
+
+_FIRST_TRIES = 3
+"""Requests that are asked at once before a batch is sent to a server that has not answered yet."""
+
+
+class Flow:
+    """Sends what a batch holds, as fast as the server bears, and hands out what comes back.
+
+    Parameters
+    ----------
+    connection : Connection
+    note : callable
+        Told of the results of each block; an error that it gives ends the batch after the block.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        note: Callable[[Iterator[ScoreResult | GenerateResult]], BackendError | None],
+    ) -> None:
+        self._connection = connection
+        self._pace = connection.pace
+        self._note = note
+
+    def blocks(
+        self,
+        requests: Sequence[_Request],
+        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
+        known: Callable[[_Request], bool],
+        on_send: OnSend | None,
+        on_tokens: OnTokens | None,
+    ) -> Iterator[Sequence[tuple[int, _Result]]]:
+        """Keep calls in flight, yield what has finished; nothing new is sent while the caller holds a block."""
+        if not requests:
+            return
+        self._connection.open()
+        order = Order([request.prompt for request in requests])
+        flying: dict[Future[_Result], int] = {}
+        stopped = threading.Event()
+        stop: BaseException | None = None
+        drain_until = math.inf
+        announce = on_send if on_send is not None else nobody
+        try:
+            while (order and stop is None) or flying:
+                try:
+                    if stop is None:
+                        self._top_up(requests, order, flying, known, work, announce, stopped)
+                    done = self._finished(flying, stop is None and bool(order), drain_until)
+                except (Exception, KeyboardInterrupt) as error:
+                    if stop is not None:
+                        raise
+                    # What is in flight is paid: deliver it, then raise.
+                    stop, drain_until = error, time.monotonic() + _DRAIN
+                    stopped.set()
+                    continue
+                block: list[tuple[int, _Result]] = []
+                for future in done:
+                    index = flying.pop(future)
+                    order.done(index)
+                    try:
+                        block.append((index, future.result()))
+                    except Exception as error:
+                        stop = stop or error
+                        stopped.set()
+                if block:
+                    stop = stop or self._note(result for _, result in block)
+                    if on_tokens is not None:
+                        on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
+                    yield sorted(block, key=lambda pair: pair[0])
+                if not done and time.monotonic() >= drain_until:
+                    break
+            if stop is not None:
+                raise stop
+        finally:
+            stopped.set()
+            for future in flying:
+                future.cancel()
+
+    def batched(
+        self,
+        requests: Sequence[_Request],
+        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
+        known: Callable[[_Request], bool],
+        on_send: OnSend | None,
+        on_tokens: OnTokens | None,
+        make: Callable[[OnSend], Batches[_Request, _Result]],
+        endpoint: Callable[[_Request], Endpoint],
+    ) -> Iterator[Sequence[tuple[int, _Result]]]:
+        """Collect what is under way, ask one request at once to know the server, send the rest as batches."""
+        if not requests:
+            return
+        self._connection.open()
+        announce = on_send if on_send is not None else nobody
+        batches = make(announce)
+        covered = batches.resume()
+        left = [index for index in range(len(requests)) if index not in covered]
+        tries: Counter[Endpoint] = Counter()
+        for index in list(left):
+            place = endpoint(requests[index])
+            if known(requests[index]) or tries[place] >= _FIRST_TRIES:
+                continue
+            tries[place] += 1
+            left.remove(index)
+            tell = _renamed(announce, index)
+            for block in self.blocks([requests[index]], work, known, tell, on_tokens):
+                yield [(index, result) for _, result in block]
+        if strange := [index for index in left if not known(requests[index])]:
+            raise BackendError(
+                f"{self._connection.model!r} at {self._connection.public_url} gave no usable answer to "
+                f"{_FIRST_TRIES} requests; the batch of {len(strange)} was not sent."
+            )
+        if left:
+            batches.send(left)
+        for results in batches.collect():
+            stop = self._note(result for _, result in results)
+            if on_tokens is not None:
+                on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in results))
+            yield sorted(results, key=lambda pair: pair[0])
+            if stop is not None:
+                raise stop
+
+    def _top_up(
+        self,
+        requests: Sequence[_Request],
+        order: Order,
+        flying: dict[Future[_Result], int],
+        known: Callable[[_Request], bool],
+        work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
+        announce: OnSend,
+        stopped: threading.Event,
+    ) -> None:
+        """Send as many more requests as may leave now, announced together."""
+        leaving: list[tuple[int, int]] = []
+        while (index := order.peek()) is not None and self._pace.delay() <= 0:
+            width = self._pace.limit if known(requests[index]) else 1
+            if len(flying) + len(leaving) >= width:
+                break
+            order.take()
+            expected = len(flat(requests[index].prompt)) // 3 + 1
+            self._pace.take(expected)
+            leaving.append((index, expected))
+        if not leaving:
+            return
+        announce([index for index, _ in leaving])
+        for index, expected in leaving:
+            call = Call(_announcer(announce, index), stopped, expected)
+            flying[self._connection.submit(work(requests[index], call, order.cache_key(index)))] = index
+
+    def _finished(
+        self, flying: Mapping[Future[_Result], int], more: bool, drain_until: float
+    ) -> set[Future[_Result]]:
+        """Wait until a call has finished, or until another one may leave."""
+        patience = self._pace.delay() if more else math.inf
+        patience = min(patience or math.inf, drain_until - time.monotonic())
+        if not flying:
+            time.sleep(max(0.0, min(patience, 1.0)))
+            return set()
+        limit = None if patience == math.inf else max(0.0, patience)
+        return wait(flying, timeout=limit, return_when=FIRST_COMPLETED).done
+
+
+def nobody(indices: Sequence[int]) -> None:
+    """No one to tell."""
+
+
+def _renamed(announce: OnSend, index: int) -> OnSend:
+    """``announce`` for the only request of an inner batch, which has another number outside."""
+    return lambda indices: announce([index] * len(indices))
+
+
+def _announcer(announce: OnSend, index: int) -> Callable[[], None]:
+    return lambda: announce([index])

