@@ -15,6 +15,8 @@ OLDEST := .venv-oldest
 demo: $(VENV)/.demo
 	$(BIN)/proxyprompt demo --out $(OUT)
 
+# tests/security opens the report in Chromium and fails without it: apt-get install chromium (.ci/run does that), or put
+# google-chrome on PATH.
 test: test-core test-integrations test-wheels
 
 test-core: $(VENV)/.dev

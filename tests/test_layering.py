@@ -70,6 +70,7 @@ LEVEL: dict[str, float] = {
     "_pruned_requests": 18,
     "explains": 18,
     "summary": 18,
+    "messages": 19,
     "openai_client": 19,
     "outputs": 19,
     "demo": 20,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .explains import OutputCheck, calibrate_check
     from .explanation import QueryExplanation, explain_queries
     from .ledger import Ledger
+    from .messages import PrunedMessages, prune_messages
     from .models import open_model
     from .openai_client import PruneCounter, wrap_openai
     from .outputs import write_outputs
@@ -71,6 +72,7 @@ _HOME = {
     "PromptValueFunction": "value_function",
     "ProxyPromptError": "errors",
     "PruneCounter": "openai_client",
+    "PrunedMessages": "messages",
     "Query": "prompt",
     "QueryDocuments": "units",
     "QueryExplanation": "explanation",
@@ -97,6 +99,7 @@ _HOME = {
     "load_queries": "data",
     "open_model": "models",
     "optimize_prompt": "pipeline",
+    "prune_messages": "messages",
     "save_prompt": "data",
     "screen": "screening",
     "split_queries": "data",
@@ -126,6 +129,7 @@ __all__ = [
     "PromptValueFunction",
     "ProxyPromptError",
     "PruneCounter",
+    "PrunedMessages",
     "Query",
     "QueryDocuments",
     "QueryExplanation",
@@ -153,6 +157,7 @@ __all__ = [
     "load_queries",
     "open_model",
     "optimize_prompt",
+    "prune_messages",
     "save_prompt",
     "screen",
     "split_queries",

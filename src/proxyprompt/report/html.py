@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -48,9 +49,29 @@ def render_html(summary: Mapping[str, Any]) -> str:
     standard library's XML writer (charts). The only markup that is trusted is our own style sheet and charts.
     """
     view = build(summary)
-    jinja2 = require("jinja2", "report")
     markup = require("markupsafe", "report").Markup
     style = _resource("report.css")
+    template = _template()
+    page: str = template.render(
+        v=view,
+        style=markup(style),
+        style_hash=_hash(style),
+        drawings={k: markup(v) for k, v in _drawings(view).items()},
+        legend=[
+            (verdict, source, markup(marks.swatch(f"sw-{i}", verdict, source)))
+            for i, (verdict, source) in enumerate(_legend(view))
+        ],
+        preview=_PREVIEW,
+        rows_open=_ROWS_OPEN,
+        text_limit=max(300, min(6000, _TEXT_BUDGET // max(len(view["demonstrations"]), 1))),
+    )
+    return page.lstrip()
+
+
+@cache
+def _template() -> Any:
+    # Compiling takes five times as long as rendering.
+    jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_resource),
         autoescape=True,
@@ -67,21 +88,7 @@ def render_html(summary: Mapping[str, Any]) -> str:
         one_line=t.one_line,
         clip=t.clip,
     )
-    template = environment.get_template("report.html.j2")
-    page: str = template.render(
-        v=view,
-        style=markup(style),
-        style_hash=_hash(style),
-        drawings={k: markup(v) for k, v in _drawings(view).items()},
-        legend=[
-            (verdict, source, markup(marks.swatch(f"sw-{i}", verdict, source)))
-            for i, (verdict, source) in enumerate(_legend(view))
-        ],
-        preview=_PREVIEW,
-        rows_open=_ROWS_OPEN,
-        text_limit=max(300, min(6000, _TEXT_BUDGET // max(len(view["demonstrations"]), 1))),
-    )
-    return page.lstrip()
+    return environment.get_template("report.html.j2")
 
 
 def _drawings(view: dict[str, Any]) -> dict[str, str]:
