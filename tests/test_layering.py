@@ -60,6 +60,7 @@ LEVEL: dict[str, float] = {
     "settings": 13,
     "_run": 14,
     "models": 14,
+    "_cost_reduction": 17,
     "_explaining": 15,
     "_shrinking": 15,
     "config": 15,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,14 @@ from ._run import Run
 from .attribution import KernelSHAP, WeightedBanzhaf
 from .attribution.base import Attribution, Design
 from .attribution.calibrated import CalibratedAttribution, calibrate
+from .attribution.ensemble import ensemble, ensemble_weights
 from .attribution.extending import nested_designs
 from .metering import Meter
 from .prompt import Query
-from .screening import Screening, agreement, plan_screen, screen
+from .screening import ProxyScreening, Screening, agreement, averaged, plan_screen, screen
 from .value_function import Values
 
-__all__ = ["Explanation", "explain", "oracle_queries", "screen_proxies", "screening_rows"]
+__all__ = ["Explanation", "ask_members", "explain", "oracle_queries", "screen_proxies", "screening_rows"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Explanation:
         How proxies that were not accepted made the target's own attributions more precise; ``None`` when they did not.
     design : Design or None
     utility : float (n_coalitions, n_queries) or None
-        What the attributions were fitted on.
+        What the attributions were fitted on; of an ensemble, its members' values added up with their weights.
+    members : mapping of str to float
+        Proxies that explained, with what their values count for; one, unless it was an ensemble.
     """
 
     attribution: Attribution
@@ -48,6 +51,7 @@ class Explanation:
     calibration: CalibratedAttribution | None = None
     design: Design | None = field(default=None, repr=False)
     utility: NDArray[np.float64] | None = field(default=None, repr=False)
+    members: Mapping[str, float] = field(default_factory=dict)
 
 
 def screen_proxies(run: Run) -> Screening | None:
@@ -64,9 +68,10 @@ def screen_proxies(run: Run) -> Screening | None:
     design, judges = rows
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
+    together = s.screening_ensemble and len(run.proxies) > 1
     plan_ahead = plan_screen(
         len(run.splits["explain"]),
-        len(run.proxies),
+        len(run.proxies) + together,
         method=s.screening_method,
         on=s.screening_on,
         tau=s.screening_tau,
@@ -91,6 +96,7 @@ def screen_proxies(run: Run) -> Screening | None:
         on=s.screening_on,
         tau=s.screening_tau,
         delta=s.screening_delta,
+        ensemble=together,
         max_pairs=s.max_pairs,
         block=s.screening_block,
     )
@@ -124,43 +130,75 @@ def _screening_design(run: Run) -> Design:
 
 
 def explain(run: Run, screening: Screening | None) -> Explanation:
-    if screening is not None and screening.accepted:
-        explanation = _by_proxy(run, screening.accepted[0])
+    """The cheapest accepted choice explains, else the next; else the target, with the proxies' help where that helps."""
+    accepted = [] if screening is None else [screening[name] for name in screening.accepted]
+    for candidate in accepted:
+        explanation = _by_proxy(run, candidate)
         if explanation is not None:
             return explanation
     return _by_target(run, screening)
 
 
-def _by_proxy(run: Run, name: str) -> Explanation | None:
-    """Proxy attributions on the queries that pass the instance-level screen [PE 3.1]."""
-    s, n, queries = run.settings, run.prompt.n_units, run.splits["explain"]
+def _by_proxy(run: Run, candidate: ProxyScreening) -> Explanation | None:
+    """Attributions of a proxy, or of several together, on the queries of the instance-level screen [PE 3.1]."""
+    s, n, queries, name = run.settings, run.prompt.n_units, run.splits["explain"], candidate.name
     run.watch.stage("attribute", f"{name} explains: importance of every demonstration")
     full = np.ones((1, n), dtype=np.bool_)
-    same = agreement(
-        run.evaluate(run.target, queries, "attribute", full),
-        run.evaluate(run.proxies[name], queries, "attribute", full),
-    )[0]
+    said = averaged([run.evaluate(run.proxies[m], queries, "attribute", full) for m in candidate.members])
+    same = agreement(run.evaluate(run.target, queries, "attribute", full), said)[0]
     agreed = [q for q, yes in zip(queries, same, strict=True) if yes]
     if len(agreed) < 2:
         run.notes.append(
-            f"{name} was accepted but agrees with the target on {len(agreed)} queries; the target explains."
+            f"{name} was accepted but agrees with the target on {len(agreed)} queries; it does not explain."
         )
         return None
     design = run.explainer.design(n, s.n_proxy(n), rng=run.rng(4))
-    values = run.evaluate(run.proxies[name], agreed, "attribute", design.coalitions)
-    values.require_complete(f"attribution by {name}")
+    utilities = []
+    for member in candidate.members:
+        values = run.evaluate(run.proxies[member], agreed, "attribute", design.coalitions)
+        values.require_complete(f"attribution by {member}")
+        utilities.append(values.utility)
+    fits = [run.explainer.fit(design, utility) for utility in utilities]
+    weights = ensemble_weights(fits).tolist() if len(fits) > 1 else [1.0]
+    who = f"{name} (the mean of their standardised attributions)" if len(fits) > 1 else name
     return Explanation(
-        attribution=run.explainer.fit(design, values.utility),
+        attribution=ensemble(fits) if len(fits) > 1 else fits[0],
         role="proxy",
         model=name,
         why=(
-            f"The screen accepted {name}. It explains the {len(agreed)} of {len(queries)} queries on which it"
-            " predicts the same as the target; the target confirms and certifies."
+            f"The screen accepted {who}{_passed_over(run, candidate)}. It explains the {len(agreed)} of {len(queries)}"
+            " queries on which it predicts the same as the target; the target confirms and certifies."
         ),
         query_ids=tuple(q.id for q in agreed),
         design=design,
-        utility=values.utility,
+        utility=_added(utilities, weights),
+        members=dict(zip(candidate.members, weights, strict=True)),
     )
+
+
+def _passed_over(run: Run, candidate: ProxyScreening) -> str:
+    if len(candidate.members) > 1:
+        return ", and none of them alone"
+    before = list(run.proxies)[: list(run.proxies).index(candidate.name)]
+    return f"; cheaper, but not accepted or not agreeing: {', '.join(before)}" if before else ""
+
+
+def _added(values: Sequence[NDArray[np.float64]], weights: Sequence[float]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = np.einsum("m,mcq->cq", np.asarray(weights), np.stack(values))
+    return total
+
+
+def ask_members(
+    run: Run, explanation: Explanation, stage: str
+) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
+    """Values of the proxies that explained, added up as in the explanation."""
+
+    def ask(queries: Sequence[Query], rows: NDArray[np.bool_]) -> Values:
+        found = [run.evaluate(run.proxies[m], queries, stage, rows) for m in explanation.members]
+        utility = _added([v.utility for v in found], list(explanation.members.values()))
+        return found[0] if len(found) == 1 else replace(averaged(found), utility=utility)
+
+    return ask
 
 
 def _by_target(run: Run, screening: Screening | None) -> Explanation:
@@ -183,6 +221,9 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
         why = (
             f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
             " screen are used again."
+            if not screening.accepted
+            else f"Accepted by the screen ({what}), but agreeing with the target on too few queries; so the target explains"
+            " itself."
         )
         calibration = _calibrate(run, queries, design, values.utility)
         if calibration is not None:

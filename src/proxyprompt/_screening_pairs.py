@@ -38,6 +38,7 @@ class Candidate:
     target_utility: list[FloatArray] = field(default_factory=list)
     n_seen: int = 0
     n_agree: int = 0
+    target_pairs: int = 0
 
     def pairs(self, kind: str) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
         """Ids, ``q_proxy`` and ``q_oracle`` of the pairs on which this kind of evidence could be had."""
@@ -211,6 +212,8 @@ def screen_block(
     for c in active:
         c.n_seen += len(part)
         c.n_agree += len(agreed[c.name])
+        # The full prompt of the design is the one that was asked already.
+        c.target_pairs += len(part) + len(agreed[c.name]) * (len(judges.all_rows) - 1)
     wanted = sorted({int(j) for c in active for j in agreed[c.name]})
     if not wanted:
         return []

@@ -100,6 +100,9 @@ class ProxyScreening:
         error is shared out to it.
     n_seen, n_agree : int
         Queries drawn, and those among them on which both models predict the same on the full prompt.
+    target_pairs : int
+        Pairs of a prompt and a query that the target was asked for this candidate; candidates share them, so that
+        together they cost less than their sum (:attr:`Screening.target_pairs`).
     rank_correlation : float or None
         Spearman correlation of the two models' mean attributions on the queries used.
     top_mass : float or None
@@ -116,6 +119,7 @@ class ProxyScreening:
     beside: Evidence
     n_seen: int
     n_agree: int
+    target_pairs: int
     rank_correlation: float | None
     top_mass: float | None
 
@@ -214,6 +218,7 @@ class Screening:
                     "n_used": p.rule.n_used,
                     "n_seen": p.n_seen,
                     "n_agree": p.n_agree,
+                    "target_pairs": p.target_pairs,
                     "query_ids": list(p.query_ids),
                     "q_proxy": list(p.q_proxy),
                     "q_oracle": list(p.q_oracle),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._query_use import earlier_looks, query_key
+from ._screening_pairs import averaged
 from .attribution.base import Attribution, Design
 from .data import Splits
 from .errors import InputError
@@ -73,8 +74,8 @@ class Explained:
     design : Design or None
         Coalitions behind it; without them (or the values) pairs are not tried.
     utility : float (n_coalitions, n_queries) or None
-    proxy : Meter or None
-        The accepted proxy that explained, if one did.
+    proxies : tuple of Meter
+        The accepted proxies that explained, if any did.
     queries : sequence of Query
         Those that explained.
     target_tokens : callable
@@ -85,7 +86,7 @@ class Explained:
     attribution: Attribution
     design: Design | None
     utility: NDArray[np.float64] | None
-    proxy: Meter | None
+    proxies: tuple[Meter, ...]
     queries: Sequence[Query]
     target_tokens: Callable[[], tuple[NDArray[np.bool_], NDArray[np.int64]]]
 
@@ -250,6 +251,15 @@ def in_order(run: Running, meter: Meter, queries: Sequence[Query], stage: str) -
     return evaluate
 
 
+def _mean_of(models: Sequence[EvaluateOrder]) -> EvaluateOrder:
+    """Several proxies as one: the mean of what they predict."""
+
+    def evaluate(order: tuple[int, ...], which: NDArray[np.int64] | None = None) -> Values:
+        return averaged([model(order, which) for model in models])
+
+    return evaluate
+
+
 def _some(queries: Sequence[Query], which: NDArray[np.int64] | None) -> Sequence[Query]:
     return queries if which is None else [queries[i] for i in which]
 
@@ -334,11 +344,11 @@ def _orders(run: Running, explained: Explained, found: Compression) -> OrderSear
     orders = candidate_orders(
         found.chosen.kept, explained.attribution.mean, run.settings.orders, rng=run.rng(18)
     )
-    proxy = explained.proxy
+    on_proxies = [in_order(run, proxy, explained.queries, "compress") for proxy in explained.proxies]
     return try_orders(
         orders,
         in_order(run, run.target, select, "compress"),
         len(select),
-        on_proxy=None if proxy is None else in_order(run, proxy, explained.queries, "compress"),
+        on_proxy=_mean_of(on_proxies) if on_proxies else None,
         rng=run.rng(19),
     )

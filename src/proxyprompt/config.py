@@ -81,7 +81,17 @@ _SECTIONS: dict[str, frozenset[str]] = {
     "queries": frozenset({"file", "sizes", *SPLIT_NAMES}),
     "task": frozenset({"kind", "labels", "metric", "max_tokens", "stop"}),
     "screening": frozenset(
-        {"method", "on", "tau", "delta", "max_pairs", "block", "fit_coalitions", "judge_coalitions"}
+        {
+            "method",
+            "on",
+            "tau",
+            "delta",
+            "ensemble",
+            "max_pairs",
+            "block",
+            "fit_coalitions",
+            "judge_coalitions",
+        }
     ),
     "attribution": frozenset({"explainer", "proxy_coalitions", "calibrate", "oracle_queries"}),
     "clean": frozenset(
@@ -134,6 +144,7 @@ _RENAMED = {
     ("screening", "on"): "screening_on",
     ("screening", "tau"): "screening_tau",
     ("screening", "delta"): "screening_delta",
+    ("screening", "ensemble"): "screening_ensemble",
     ("screening", "block"): "screening_block",
     ("clean", "enabled"): "clean",
     ("clean", "level"): "clean_level",

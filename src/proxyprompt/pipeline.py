@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._explaining import Explanation, explain, screen_proxies
+from ._explaining import Explanation, ask_members, explain, screen_proxies
 from ._query_use import note_use, refuse_used
 from ._run import Observer, Run, Silent
 from ._shrinking import Explained, Shrinking, certify_shrinking, plan, shrink
@@ -329,14 +329,18 @@ def _clean(run: Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | N
 
 def _reexplainer(run: Run, explanation: Explanation) -> Reexplainer:
     """Whoever explained explains again; the target's calls are limited."""
+
+    def on_target(queries: Sequence[Query], rows: NDArray[np.bool_]) -> Values:
+        return run.evaluate(run.target, queries, "clean", rows)
+
     s, by_id = run.settings, {q.id: q for q in run.splits["explain"]}
     queries = [by_id[i] for i in explanation.query_ids]
     of_target = explanation.role == "target"
-    meter = run.target if of_target else run.proxies[explanation.model]
+    ask = on_target if of_target else ask_members(run, explanation, "clean")
     half = explanation.attribution.n_coalitions * len(queries) // 2
     return Reexplainer(
         explainer=run.explainer,
-        ask=lambda queries, rows: run.evaluate(meter, queries, "clean", rows),
+        ask=ask,
         queries=queries,
         budget=s.n_fit if of_target else s.n_proxy,
         rng=run.rng(5),
@@ -349,12 +353,11 @@ def _compress(
 ) -> tuple[Compression, Shrinking]:
     run.watch.stage("compress", "How few demonstrations does the target need?")
     by_id = {q.id: q for q in run.splits["explain"]}
-    proxy = run.proxies[explanation.model] if explanation.role == "proxy" else None
     explained = Explained(
         attribution=explanation.attribution,
         design=explanation.design,
         utility=explanation.utility,
-        proxy=proxy,
+        proxies=tuple(run.proxies[name] for name in explanation.members),
         queries=[by_id[i] for i in explanation.query_ids],
         target_tokens=lambda: _target_tokens(run, explanation, screening),
     )

@@ -313,6 +313,7 @@ def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: Screeni
         beside=kinds["fidelity" if plan.on == "attribution" else "attribution"],
         n_seen=c.n_seen,
         n_agree=c.n_agree,
+        target_pairs=c.target_pairs,
         rank_correlation=rank,
         top_mass=mass,
     )

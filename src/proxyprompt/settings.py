@@ -35,6 +35,9 @@ class Settings:
         Share of the oracle's fidelity that a proxy must reach.
     screening_delta : float
         Probability of accepting a proxy that does not.
+    screening_ensemble : bool
+        With several proxies, whether their ensemble (the mean of standardised attributions) is a candidate too. It is the
+        dearest one, so it explains only where no proxy is accepted alone.
     max_pairs : int
         Most pairs a screening uses.
     screening_block : int
@@ -133,6 +136,7 @@ class Settings:
     screening_on: Literal["attribution", "fidelity"] | None = None
     screening_tau: float = 0.8
     screening_delta: float = 0.05
+    screening_ensemble: bool = True
     max_pairs: int = 100
     screening_block: int = 10
     fit_coalitions: int | None = None
@@ -232,6 +236,8 @@ class Settings:
                 _count(name, getattr(self, name), 0 if name == "max_demonstrations" else 1)
         if not isinstance(self.calibrate, bool):
             raise InputError(f"calibrate: got {self.calibrate!r}; true or false.")
+        if not isinstance(self.screening_ensemble, bool):
+            raise InputError(f"screening_ensemble: got {self.screening_ensemble!r}; true or false.")
         if not isinstance(self.keep_labels, bool):
             raise InputError(f"keep_labels: got {self.keep_labels!r}; true or false.")
         if self.certificate_block is not None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ._cost_reduction import cost_reduction, stage_cost
 from ._provider_caching import CachingRule, caching_rule
 from ._shrinking_summary import choice_sentences, line_text, near_copies, shrinking_dict, verdict_sentences
 from ._version import __version__
@@ -436,6 +437,7 @@ def _screening(result: Result) -> dict[str, Any] | None:
     s = result.screening
     if s is None:
         return None
+    spent, currency = _screening_money(result)
     proxies = []
     for p in s.proxies:
         used = p.rule.n_used
@@ -453,6 +455,11 @@ def _screening(result: Result) -> dict[str, Any] | None:
                 "mean_agreement_oracle": reasons[1],
                 "beside": p.beside.rule and f"{p.beside.rule.decision} after {p.beside.rule.n_used} pairs",
                 "agreement": p.agreement_rate if p.n_seen else 0.0,
+                "members": list(p.members),
+                "n_seen": p.n_seen,
+                "target_pairs": p.target_pairs,
+                "money": spent and float(spent * p.target_pairs / s.target_pairs),
+                "currency": currency,
                 "rank_correlation": p.rank_correlation,
                 "path": path or None,
                 "threshold": upper,
@@ -478,6 +485,8 @@ def _screening(result: Result) -> dict[str, Any] | None:
         "judge_coalitions": len(s.judge_coalitions),
         "power": s.plan.text,
         "target_pairs": s.target_pairs,
+        "money": spent and float(spent),
+        "currency": currency,
         "text": (
             f"A proxy may explain if its {what} the target at least {s.tau:.0%} as well as the target's"
             f" own do; a proxy that does not is accepted with probability at most {s.delta:g}."
@@ -487,6 +496,12 @@ def _screening(result: Result) -> dict[str, Any] | None:
         ),
         "proxies": proxies,
     }
+
+
+def _screening_money(result: Result) -> tuple[Decimal | None, str | None]:
+    """What the screen bought of the target, by the ledger; ``None`` without a price or when it bought nothing."""
+    cost = stage_cost(result.spent, result.pricing, ("screen",), "target")
+    return cost.money or None, cost.currency
 
 
 def _means(evidence: Evidence, used: int) -> tuple[float | None, float | None]:
@@ -544,7 +559,7 @@ def _cost(result: Result) -> dict[str, Any]:
         "break_even_calls": None if isinf(pays) else int(pays),
         "money": savings.to_dict() if savings is not None else None,
         "unpriced": f"{quote.reason}. {quote.hint}".strip() if isinstance(quote, Unpriced) else None,
-        "crr": _crr(result),
+        "crr": cost_reduction(result),
     }
 
 
@@ -576,36 +591,6 @@ def _savings(result: Result, before: float, after: float) -> Savings | None:
         hit_rate=settings.cache_hit_rate,
         calls_per_hour=settings.calls_per_hour,
     )
-
-
-def _crr(result: Result) -> dict[str, Any] | None:
-    """Cost reduction ratio [PE 4.3.1]: what oracle explanations would cost, over what was paid instead.
-
-    The numerator is the proxy's own number of coalitions, asked of the target on every explain query.
-    """
-    if result.screening is None or not result.oracle_prompt_tokens:
-        return None
-    calls = result.settings.n_proxy(result.original.n_units) * len(result.splits["explain"])
-
-    def on_target(stage: str, what: str) -> int:
-        return sum(r[what] for r in result.spent if r["role"] == "target" and r["stage"] == stage)
-
-    oracle_tokens = round(calls * result.oracle_prompt_tokens)
-    paid_calls = on_target("screen", "calls") + on_target("attribute", "calls")
-    paid_tokens = on_target("screen", "tokens") + on_target("attribute", "tokens")
-    return {
-        "calls": calls / paid_calls if paid_calls else None,
-        "tokens": oracle_tokens / paid_tokens if paid_tokens else None,
-        "oracle_tokens": oracle_tokens,
-        "proxy_tokens_priced": 0,
-        "screen_tokens": on_target("screen", "tokens"),
-        "fallback_tokens": on_target("attribute", "tokens"),
-        "text": (
-            f"Oracle: {calls} target calls for explanations with the same number of coalitions as the proxy's, at the"
-            " mean length of a prompt with half of its demonstrations. Proxies ran on this machine and are"
-            " counted as free. Screening is paid once per task and shared by every later explanation."
-        ),
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from proxyprompt.artifact import Artifact
+from proxyprompt.attribution import WeightedBanzhaf
 from proxyprompt.backends.base import ScoreRequest
 from proxyprompt.backends.scripted import ScriptedBackend
 from proxyprompt.data import Splits
@@ -307,3 +308,78 @@ def test_the_screen_says_what_it_can_find_and_reports_both_kinds_of_evidence(tmp
         "Fidelity to the target, explained by itself",
     ):
         assert fact in page
+
+
+class Half(Model):
+    """Sees some of what the target does, and noise of its own: too little alone, enough together with another."""
+
+    def __init__(self, name: str, blind: tuple[int, ...]) -> None:
+        super().__init__(name)
+        self.blind = blind
+
+    def score(self, request: ScoreRequest) -> list[float]:
+        text = str(request.prompt)
+        head, query = text.rsplit("\n\n", 1) if "\n\n" in text else ("", text)
+        kept = [line for line in head.split("\n\n") if not any(f"demo {i};" in line for i in self.blind)]
+        return super().score(ScoreRequest("\n\n".join([*kept, query]), request.candidates))
+
+
+def test_proxies_that_fail_alone_explain_together(tmp_path: Path) -> None:
+    """Each is blind to two demonstrations that matter, so only the mean of both has the target's reasons."""
+    halves = [Half("left half", (3, 0)), Half("right half", (8, 5))]
+    settings = Settings(fit_coalitions=64, proxy_coalitions=96, screening_tau=0.8)
+    result = run(tmp_path, Model("target"), *halves, settings=settings)
+    assert result.screening is not None
+    together = result.screening["left half + right half"]
+    assert result.screening.accepted == (together.name,)
+    assert result.screening["left half"].rule.settings["delta"] == pytest.approx(0.05 / 3)
+    assert result.explanation.role == "proxy"
+    assert result.explanation.model == together.name
+    assert list(result.explanation.members) == ["left half", "right half"]
+    assert "none of them alone" in result.explanation.why
+    assert set(np.argsort(result.explanation.attribution.mean)[-3:].tolist()) == set(USEFUL)
+    # The values kept for pairs are the ensemble's: the same fit gives the same attributions.
+    assert result.explanation.design is not None
+    again = WeightedBanzhaf().fit(result.explanation.design, result.explanation.utility)
+    assert again.mean == pytest.approx(result.explanation.attribution.mean)
+    dropped = {d.id for d, keep in zip(result.original.demonstrations, result.kept, strict=True) if not keep}
+    assert ids(HARMFUL) <= dropped
+    proxies = build_artifact(result).summary["screening"]["proxies"]
+    assert [p["members"] for p in proxies] == [["left half"], ["right half"], ["left half", "right half"]]
+    assert "left half + right half" in render_html(build_artifact(result).summary)
+
+
+def test_the_ensemble_is_left_out_on_request(tmp_path: Path) -> None:
+    settings = Settings(fit_coalitions=64, proxy_coalitions=96, screening_ensemble=False)
+    result = run(tmp_path, Model("target"), Model("a"), Model("b"), settings=settings)
+    assert result.screening is not None
+    assert [p.name for p in result.screening.proxies] == ["a", "b"]
+
+
+def test_every_candidate_shows_what_it_bought_and_the_ratio_its_terms(tmp_path: Path) -> None:
+    settings = Settings(
+        fit_coalitions=64, proxy_coalitions=96, price_input_per_million=2.0, price_output_per_million=8.0
+    )
+    result = run(tmp_path, Model("target"), Model("contrary", sign=-1.0), Model("proxy"), settings=settings)
+    summary = build_artifact(result).summary
+    screened, crr = summary["screening"], summary["cost"]["crr"]
+    rows = {(r["stage"], r["role"]): r for r in result.spent}
+    paid = rows["screen", "target"]
+    tokens = paid["prompt_tokens"] * 2.0 / 1e6 + paid["completion_tokens"] * 8.0 / 1e6
+    assert screened["money"] == pytest.approx(tokens)
+    for candidate, proxy in zip(screened["proxies"], result.screening.proxies, strict=True):  # type: ignore[union-attr]
+        held_out = len(result.screening.judge_coalitions)  # type: ignore[union-attr]
+        values = proxy.n_seen + proxy.n_agree * (64 + held_out - 1)
+        assert candidate["target_pairs"] == values <= screened["target_pairs"]
+        assert candidate["money"] == pytest.approx(tokens * values / screened["target_pairs"])
+    terms = {t["name"].split(":")[0]: t for t in crr["terms"]}
+    assert terms["screen"]["calls"] == paid["calls"]
+    assert terms["screen"]["money"] == pytest.approx(tokens)
+    assert terms["proxies"]["calls"] == sum(
+        r["calls"] for r in result.spent if r["role"] == "proxy" and r["stage"] in ("screen", "attribute")
+    )
+    fallback = next(t for name, t in terms.items() if name.startswith("fallback"))
+    assert crr["calls"] == pytest.approx(terms["oracle"]["calls"] / (paid["calls"] + fallback["calls"]))
+    for text in (render_html(summary), render_markdown(summary)):
+        assert "Target values bought for it" in text
+        assert "Term of the ratio" in text

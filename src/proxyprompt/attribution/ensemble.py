@@ -16,7 +16,7 @@ from proxyprompt.errors import InputError
 
 from .base import Attribution, summarize
 
-__all__ = ["ensemble", "standardized"]
+__all__ = ["ensemble", "ensemble_weights", "standardized"]
 
 
 def standardized(attribution: Attribution) -> FloatArray:
@@ -116,6 +116,35 @@ def ensemble(members: Sequence[Attribution]) -> Attribution:
         settings={**first.settings, "ensemble": len(members)},
         df_coalitions=min(m.df_coalitions for m in members),
     )
+
+
+def ensemble_weights(members: Sequence[Attribution]) -> FloatArray:
+    """What each member's values count for in :func:`ensemble`.
+
+    Parameters
+    ----------
+    members : sequence of Attribution
+        As for :func:`ensemble`.
+
+    Returns
+    -------
+    ndarray of float64, shape (n_members,)
+        With an explainer that is linear in the values, the attribution of the members' values, added up with
+        these weights, is the ensemble's.
+
+    Examples
+    --------
+    >>> from proxyprompt.attribution import LeaveOneOut
+    >>> fit = lambda w: LeaveOneOut().attribute(lambda r: r @ np.array([[w], [w]]), 2, budget=4,
+    ...     rng=np.random.default_rng(0))
+    >>> ensemble_weights([fit(1.0), fit(3.0)]).round(6).tolist()
+    [1.0, 0.333333]
+    """
+    sizes = np.array([_size(m) for m in members])
+    weights: FloatArray = np.divide(
+        sizes.mean() / len(members), sizes, out=np.zeros(len(sizes)), where=sizes > 0
+    )
+    return weights
 
 
 def _size(attribution: Attribution) -> float:

@@ -121,6 +121,11 @@ _PROXY = {
     "mean_agreement_oracle": Optional(NUMBER),
     "beside": Optional(STRING),
     "agreement": NUMBER,
+    "members": Optional(ListOf(STRING)),
+    "n_seen": Optional(NUMBER),
+    "target_pairs": Optional(NUMBER),
+    "money": Optional(NUMBER),
+    "currency": Optional(STRING),
     "rank_correlation": Optional(NUMBER),
     "path": Optional(ListOf(ListOf(NUMBER))),
     "threshold": Optional(NUMBER),
@@ -141,6 +146,8 @@ _SCREENING = {
     "text": STRING,
     "power": Optional(STRING),
     "target_pairs": Optional(NUMBER),
+    "money": Optional(NUMBER),
+    "currency": Optional(STRING),
     "proxies": ListOf(_PROXY),
 }
 
@@ -195,6 +202,11 @@ _COST = {
         {
             "calls": Optional(NUMBER),
             "tokens": Optional(NUMBER),
+            "money": Optional(NUMBER),
+            "currency": Optional(STRING),
+            "terms": Optional(
+                ListOf({"name": STRING, "calls": NUMBER, "tokens": NUMBER, "money": Optional(NUMBER)})
+            ),
             "oracle_tokens": NUMBER,
             "proxy_tokens_priced": NUMBER,
             "screen_tokens": NUMBER,

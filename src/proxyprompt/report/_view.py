@@ -79,7 +79,7 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     dict
         The checked summary and ``status``, ``figures``, ``groups``, ``explained``, ``certificate_sentences``,
         ``sequence``, ``relabels``, ``proxies``, ``money_sentences``, ``money_rows``, ``money_terms``, ``money_notes``,
-        ``money_warnings``, ``crr_sentence``, ``settings_rows``.
+        ``money_warnings``, ``crr_sentence``, ``crr_terms``, ``settings_rows``.
     """
     view = read(summary)
     label, tone = _STATUS[view["verdict"]["status"]]
@@ -104,6 +104,7 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view["money_terms"] = [row for s in priced["scenarios"] or () for row in _terms(s, priced["currency"])]
     view["money_warnings"], view["money_notes"] = priced["warnings"] or [], priced["notes"] or []
     view["crr_sentence"] = _crr(view["cost"]["crr"])
+    view["crr_terms"] = _crr_terms(view["cost"]["crr"])
     view["settings_rows"] = _rows(view["settings"])
     view["versions_rows"] = _rows(view["versions"])
     return view
@@ -338,6 +339,8 @@ def _proxy(proxy: dict[str, Any]) -> dict[str, Any]:
     decides = proxy.get("decided_by") or t.NOT_AVAILABLE
     facts = [
         ("Query pairs used", t.count(proxy["n_used"])),
+        ("Target values bought for it", t.count(proxy.get("target_pairs"))),
+        ("Money for these", t.money(proxy.get("money"), proxy.get("currency") or "")),
         ("Decided by", {"attribution": "agreement of attributions"}.get(decides, decides)),
         ("Agreement of attributions, proxy with target", t.fixed(proxy.get("mean_agreement_proxy"))),
         ("Agreement of attributions, target with itself", t.fixed(proxy.get("mean_agreement_oracle"))),
@@ -423,7 +426,9 @@ def _terms(scenario: Mapping[str, Any], currency: str) -> list[dict[str, str]]:
 def _crr(crr: dict[str, Any] | None) -> str:
     if crr is None:
         return ""
-    ratios = [f"{t.fixed(crr[k], 1)} in {k}" for k in ("calls", "tokens") if crr[k] is not None]
+    ratios = [
+        f"{t.fixed(crr.get(k), 1)} in {k}" for k in ("calls", "tokens", "money") if crr.get(k) is not None
+    ]
     return (
         f"Cost reduction ratio: {' and '.join(ratios) or t.NOT_AVAILABLE}. In tokens: "
         f"{t.count(crr['oracle_tokens'])} to explain with the target alone, against "
@@ -431,6 +436,21 @@ def _crr(crr: dict[str, Any] | None) -> str:
         f"{t.count(crr['fallback_tokens'])} (fallback) + {t.count(crr['screen_tokens'])} (screening). "
         f"{crr['text']}"
     ).strip()
+
+
+def _crr_terms(crr: dict[str, Any] | None) -> list[dict[str, str]]:
+    if crr is None:
+        return []
+    currency = crr.get("currency") or ""
+    return [
+        {
+            "name": term["name"],
+            "calls": t.count(term["calls"]),
+            "tokens": t.count(term["tokens"]),
+            "money": t.money(term["money"], currency) if term["money"] is not None else "\u2013",
+        }
+        for term in crr.get("terms") or ()
+    ]
 
 
 def _rows(values: Any) -> list[tuple[str, str]]:

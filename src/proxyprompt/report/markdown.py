@@ -207,6 +207,13 @@ def _cost(view: dict[str, Any]) -> list[str]:
         keys = ("name", "before", "after", "saved", "pays")
         parts.append(_table(header, [[row[key] for key in keys] for row in view["money_rows"]]))
     parts += [escape(s) for s in view["money_notes"]] + [escape(view["crr_sentence"])]
+    if view["crr_terms"]:
+        parts.append(
+            _table(
+                ["Term of the ratio", "Calls", "Tokens", "Money"],
+                [[r["name"], r["calls"], r["tokens"], r["money"]] for r in view["crr_terms"]],
+            )
+        )
     if rows:
         header = ["Stage", "Model", "Calls bought", "Calls reused", "Tokens bought", "Tokens reused"]
         parts.append(_table(header, rows))
