@@ -6,13 +6,14 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from ._ledger_owners import owner
 from ._ledger_rows import PICO, CallRole, Limits
-from .errors import BudgetExceededError, InputError
+from .errors import BudgetExceededError, InputError, LedgerError
 
-__all__ = ["amounts_of", "check_fit", "check_room", "chunks", "enter", "taken"]
+__all__ = ["amounts_of", "check_fit", "check_room", "chunks", "enter", "mark", "taken"]
 
 _CHUNK = 900  # SQLite before 3.32 takes at most 999 parameters
 
@@ -118,3 +119,33 @@ def _room(name: str, limit: int | None, spent: int, asked: int, run: str) -> Non
             "nothing was sent.",
             hint=f"Raise {name} to {spent + asked} or more, or ask for less; all answers are kept.",
         )
+
+
+def mark(
+    connection: sqlite3.Connection,
+    ids: Sequence[int],
+    again: Sequence[int],
+    amounts: Sequence[tuple[int, int]],
+    limits: Limits | None,
+    *,
+    given: bool,
+    where: Path,
+) -> list[int]:
+    """Mark attempts as sent, with these amounts if they are ``given``, and enter repetitions; see ``Ledger.mark_sent``."""
+    query = "SELECT run, stage, role, model, currency, key FROM attempt WHERE id = ?"
+    rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
+    if rows and rows[0] is not None:
+        check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
+    change = ", estimate = ?, allowance = ?" if given else ""
+    values = [(*(amount if given else ()), n) for n, amount in zip(ids, amounts, strict=False)]
+    query = f"UPDATE attempt SET state = 'sent'{change} WHERE id = ? AND state = 'reserved'"
+    marked = connection.executemany(query, values).rowcount if values else 0
+    if marked != len(ids) or None in rows:
+        raise LedgerError(
+            f"Only {marked} of the {len(ids)} attempts to send are reserved in {where}.",
+            hint="Send each attempt once, after reserve() and before release().",
+        )
+    more = []
+    for row, amount in zip(rows[len(ids[:1]) :], amounts[len(ids) :], strict=True):
+        more += enter(connection, [(row[5], amount)], row[:4], "sent", row[4])
+    return more

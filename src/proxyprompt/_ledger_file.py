@@ -75,6 +75,22 @@ class LedgerFile:
         """Run ``work`` in a durable transaction, shared with what other threads want written just then."""
         return self._commits.run(action, work)
 
+    def has_space(self) -> bool:
+        """Whether :meth:`require_space` would go on."""
+        try:
+            return self._free() >= _SPARE_BYTES
+        except LedgerError:
+            return False
+
+    def _free(self) -> int:
+        if not hasattr(os, "statvfs"):
+            return _SPARE_BYTES
+        try:
+            state = os.statvfs(self.path.parent)
+        except OSError as error:
+            raise self._explained("written", error) from error
+        return state.f_bavail * state.f_frsize
+
     def require_space(self) -> None:
         """Refuse to go on when what is in flight might find no room on the disk.
 
@@ -83,13 +99,7 @@ class LedgerFile:
         LedgerError
             With less than 4 MB left.
         """
-        if not hasattr(os, "statvfs"):
-            return
-        try:
-            state = os.statvfs(self.path.parent)
-        except OSError as error:
-            raise self._explained("written", error) from error
-        free = state.f_bavail * state.f_frsize
+        free = self._free()
         if free < _SPARE_BYTES:
             raise LedgerError(
                 f"The ledger {self.path} could not be written: only {free:,} bytes are left on its disk, and answers in"

@@ -18,6 +18,7 @@ __all__ = [
     "CallRole",
     "Claim",
     "Failure",
+    "Leaving",
     "Limits",
     "RunSummary",
     "StoredResponse",
@@ -126,6 +127,16 @@ class Failure:
     usage: Usage = field(default_factory=Usage)
     cost: int = 0
     uncertain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Reserved calls that leave next, and the most that each may take."""
+
+    ids: Sequence[int]
+    tokens: Sequence[int] | None = None
+    money: Sequence[int] | None = None
+    limits: Limits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeVar
 from ._ledger_rows import split
 from .backends.base import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, Usage
 from .errors import BackendError, LedgerError
-from .ledger import Answer, Failure, Ledger, Limits
+from .ledger import Answer, Failure, Leaving, Ledger, Limits
 
 __all__ = ["GENERATE", "SCORE", "Kind", "Purchase", "Terms"]
 
@@ -111,6 +111,21 @@ class Terms:
     cost: Callable[[Usage], int | None] = lambda usage: None
 
 
+class Announcer:
+    """What a backend gets as ``on_send``: called for what leaves now, ``soon`` for what leaves next."""
+
+    def __init__(self, purchase: Purchase[Any, Any]) -> None:
+        self._purchase = purchase
+
+    def __call__(self, indices: Sequence[int]) -> None:
+        """These requests leave now."""
+        self._purchase.on_send(indices)
+
+    def soon(self, indices: Sequence[int]) -> None:
+        """These leave after the block that comes next."""
+        self._purchase.soon(indices)
+
+
 class Purchase(Generic[Q, A]):
     """Calls that are reserved; what is announced, and what has come back so far."""
 
@@ -135,6 +150,8 @@ class Purchase(Generic[Q, A]):
         self._terms = terms
         self._lock = threading.Lock()
         self._sent: set[int] = set()
+        self._soon: list[int] = []
+        self._ahead: set[int] = set()  # marked as sent together with earlier results, and not announced yet
         self._open = True
         self.results: dict[int, A] = {}
 
@@ -146,13 +163,12 @@ class Purchase(Generic[Q, A]):
             first = [index for index in named if index not in self._sent]
             again = [index for index in named if index in self._sent]
             self._sent.update(first)
-        if self._ledger is None or not named:
+            first = [index for index in first if index not in self._ahead]
+            self._ahead.difference_update(named)
+        if self._ledger is None or not (first or again):
             return
         # Outside the lock: threads that announce at the same moment share one write to the disk.
-        tokens = money = None
-        if self._terms.most is not None:
-            most = [self._terms.most(self.requests[index]) for index in (*first, *again)]
-            tokens, money = [one[0] for one in most], [one[1] for one in most]
+        tokens, money = self._most([*first, *again])
         try:
             more = self._ledger.mark_sent(
                 [self._attempts[index][0] for index in first],
@@ -169,6 +185,19 @@ class Purchase(Generic[Q, A]):
             for index, number in zip(again, more, strict=True):
                 self._attempts[index].append(number)
             self._refuse_closed()
+
+    def soon(self, indices: Sequence[int]) -> None:
+        """Remember what leaves after the next block; see :func:`~proxyprompt.backends.base.announce_soon`."""
+        named = list(dict.fromkeys(self._require(index) for index in indices))
+        with self._lock:
+            self._soon = [index for index in named if index not in self._sent and index not in self._ahead]
+
+    def _most(self, indices: Sequence[int]) -> tuple[list[int] | None, list[int] | None]:
+        """Most tokens and money of each request, if anything is set aside."""
+        if self._terms.most is None:
+            return None, None
+        most = [self._terms.most(self.requests[index]) for index in indices]
+        return [one[0] for one in most], [one[1] for one in most]
 
     def _refuse_closed(self) -> None:
         if not self._open:
@@ -201,7 +230,16 @@ class Purchase(Generic[Q, A]):
                 problem = error  # what came before it in the block is paid for: record that first
                 break
         if self._ledger is not None and taken:
-            self._ledger.record(answers, failures)
+            with self._lock:
+                soon, self._soon = [] if problem is not None else self._soon, []
+            if not soon:
+                self._ledger.record(answers, failures)
+            else:
+                ids = [self._attempts[index][0] for index in soon]
+                leaving = Leaving(ids, *self._most(soon), self._terms.limits)
+                if self._ledger.record(answers, failures, leaving=leaving):
+                    with self._lock:
+                        self._ahead.update(soon)
         self.results.update((index, result) for index, (result, _) in taken.items())
         if problem is not None:
             raise problem
@@ -222,9 +260,12 @@ class Purchase(Generic[Q, A]):
         with self._lock:
             self._open = False
             left = [n for index, ids in enumerate(self._attempts) if index not in self.results for n in ids]
+            unsent = [self._attempts[index][0] for index in self._ahead]
         if self._ledger is not None and left:
             # On the way out of another error: that one matters more, and opening the ledger again repairs it.
             with suppress(LedgerError):
+                if unsent:
+                    self._ledger.withdraw(unsent)
                 self._ledger.release(left)
 
     def _require(self, index: SupportsIndex) -> int:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, taken
+from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, mark, taken
 from ._ledger_file import LedgerFile
 from ._ledger_owners import drop_attempts, settle_dead
 from ._ledger_rows import (
@@ -27,6 +27,7 @@ from ._ledger_rows import (
     CallRole,
     Claim,
     Failure,
+    Leaving,
     Limits,
     RunSummary,
     StoredResponse,
@@ -44,7 +45,7 @@ from ._ledger_schema import RESPONSE_COLUMNS, SCHEMA, USAGE_COLUMNS
 from ._ledger_vault import MODES, StoreMode, Vault, read_secret
 from ._request_keys import RequestKeys, raw_key, request_key
 from .backends.base import Usage
-from .errors import InputError, LedgerCorruptError, LedgerError
+from .errors import InputError, LedgerCorruptError, LedgerError, ProxyPromptError
 
 __all__ = [
     "PICO",
@@ -52,6 +53,7 @@ __all__ = [
     "CallRole",
     "Claim",
     "Failure",
+    "Leaving",
     "Ledger",
     "Limits",
     "RequestKeys",
@@ -412,29 +414,14 @@ class Ledger:
         amounts = amounts_of(len(ids) + len(again), tokens, money, "ids and again")
 
         def work(connection: sqlite3.Connection) -> list[int]:
-            query = "SELECT run, stage, role, model, currency, key FROM attempt WHERE id = ?"
-            # One by one: batches are small, and every id must be there.
-            rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
-            if rows and rows[0] is not None:
-                check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
-            change = ", estimate = ?, allowance = ?" if given else ""
-            values = [(*(amount if given else ()), n) for n, amount in zip(ids, amounts, strict=False)]
-            query = f"UPDATE attempt SET state = 'sent'{change} WHERE id = ? AND state = 'reserved'"
-            marked = connection.executemany(query, values).rowcount if values else 0
-            if marked != len(ids) or None in rows:
-                raise LedgerError(
-                    f"Only {marked} of the {len(ids)} attempts to send are reserved in {self.path}.",
-                    hint="Send each attempt once, after reserve() and before release().",
-                )
-            more = []
-            for row, amount in zip(rows[len(ids[:1]) :], amounts[len(ids) :], strict=True):
-                more += enter(connection, [(row[5], amount)], row[:4], "sent", row[4])
-            return more
+            return mark(connection, ids, again, amounts, limits, given=given, where=self.path)
 
         self._file.require_space()
         return self._file.commit("written", work)
 
-    def record(self, answers: Sequence[Answer], failures: Sequence[Failure] = ()) -> None:
+    def record(
+        self, answers: Sequence[Answer], failures: Sequence[Failure] = (), *, leaving: Leaving | None = None
+    ) -> bool:
         """Store finished calls in one transaction; when this returns they survive ``kill -9``.
 
         Parameters
@@ -442,6 +429,14 @@ class Ledger:
         answers : sequence of Answer
             If a key is already answered, the first answer stays; the call is counted all the same.
         failures : sequence of Failure
+        leaving : Leaving, optional
+            Calls to mark as sent in the same transaction, as :meth:`mark_sent` would.
+
+        Returns
+        -------
+        bool
+            Whether the calls of ``leaving`` were marked. If they do not fit, or the disk is nearly full, they are left as
+            they were, and :meth:`mark_sent` says why.
 
         Raises
         ------
@@ -468,7 +463,9 @@ class Ledger:
             for one in failures
         ]
 
-        def work(connection: sqlite3.Connection) -> int:
+        with_space = leaving is not None and self._file.has_space()
+
+        def work(connection: sqlite3.Connection) -> tuple[int, bool]:
             marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
             absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
             insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
@@ -487,9 +484,9 @@ class Ledger:
                 error = self._vault.seal_error(printable(one.error), found[0]) if found else None
                 query = f"UPDATE attempt SET state = ?, error = ?, {columns}, cost = ? WHERE id = ?"
                 touched += connection.execute(query, (state, error, when, *numbers)).rowcount
-            return touched
+            return touched, with_space and leaving is not None and self._leave(connection, leaving)
 
-        touched = self._file.commit("written", work)
+        touched, left = self._file.commit("written", work)
         wanted = len(done) + len(more) + len(lost)
         if touched != wanted:
             # The answers themselves are kept: they are paid for whatever went wrong with the bookkeeping.
@@ -498,6 +495,25 @@ class Ledger:
                 hint="Pass the ids that reserve() returned, each with its own key.",
             )
         self._file.fold_wal()
+        return left
+
+    def _leave(self, connection: sqlite3.Connection, leaving: Leaving) -> bool:
+        connection.execute("SAVEPOINT leaving")
+        given = leaving.tokens is not None or leaving.money is not None
+        amounts = amounts_of(len(leaving.ids), leaving.tokens, leaving.money, "ids")
+        try:
+            mark(connection, leaving.ids, (), amounts, leaving.limits, given=given, where=self.path)
+        except ProxyPromptError:
+            connection.execute("ROLLBACK TO leaving")
+            return False
+        finally:
+            connection.execute("RELEASE leaving")
+        return True
+
+    def withdraw(self, ids: Sequence[int]) -> None:
+        """Take back calls that were marked as sent and certainly never left: they vanish."""
+        query = "DELETE FROM attempt WHERE id = ? AND state = 'sent'"
+        self._file.commit("written", lambda c: c.executemany(query, [(i,) for i in ids]))
 
     def fail(self, ids: Sequence[int], error: str) -> None:
         """Note that these calls brought no answer and were not billed; they do not count against the limits."""

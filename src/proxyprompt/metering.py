@@ -18,7 +18,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any, TypeAlias
 
 from ._journal import LedgerJournal, MemoryJournal, identity_hash
-from ._purchase import GENERATE, SCORE, A, Kind, Purchase, Q, Terms
+from ._purchase import GENERATE, SCORE, A, Announcer, Kind, Purchase, Q, Terms
 from ._token_bounds import likely_tokens, most_completion, most_tokens, n_bytes
 from .backends.base import (
     Backend,
@@ -314,7 +314,7 @@ class Meter:
         blocks: Iterator[Sequence[tuple[int, A]]] | None = None
         block: Sequence[tuple[int, A]] | None = None
         try:
-            blocks = iter(call(purchase.requests, on_send=purchase.on_send, on_tokens=self._on_tokens))
+            blocks = iter(call(purchase.requests, on_send=Announcer(purchase), on_tokens=self._on_tokens))
             while True:
                 started = time.perf_counter()
                 try:

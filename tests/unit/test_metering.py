@@ -24,6 +24,7 @@ from proxyprompt.backends.base import (
     ScoreRequest,
     ScoreResult,
     Usage,
+    announce_soon,
 )
 from proxyprompt.errors import BackendError, BudgetExceededError, InputError, LedgerCorruptError, LedgerError
 from proxyprompt.ledger import Answer, Ledger, Limits, request_key
@@ -518,3 +519,62 @@ def test_scores_come_back_exactly(
 def test_texts_come_back_exactly(text: str | None, usage: Usage) -> None:
     result = GenerateResult(text, usage)
     assert GENERATE.decode(GENERATE.encode(GenerateRequest(""), result), usage, None) == result
+
+
+# --- what leaves next, marked together with what has come back ----------------------------------------------
+
+
+class Foresighted(FakeScorer):
+    """Says before each block what leaves after it; ``stop_at`` ends the batch there."""
+
+    def __init__(self, ledger: Ledger, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.ledger, self.stop_at = ledger, stop_at
+        self.states: list[dict[str, int]] = []
+
+    def look(self) -> None:
+        with Ledger(self.ledger.path, create=False) as other, other._file.use("read") as connection:
+            rows = connection.execute("SELECT state, count(*) FROM attempt GROUP BY state").fetchall()
+        self.states.append(dict(rows))
+
+    def score(self, requests: Any, *, on_send: Any = None, on_tokens: Any = None) -> Iterator[Block]:
+        for start in range(0, len(requests), 2):
+            self.look()
+            if start == self.stop_at:
+                raise RuntimeError("stopped")
+            on_send([start, start + 1])
+            self.look()
+            block = [(i, answer_to(requests[i])) for i in (start, start + 1)]
+            announce_soon(on_send, range(start + 2, min(start + 4, len(requests))))
+            yield block
+
+
+def test_what_leaves_next_is_marked_in_the_commit_of_what_came_back(ledger: Ledger) -> None:
+    seen: list[str] = []
+    with ledger._file.use("read") as connection:
+        connection.set_trace_callback(lambda s: seen.append(s) if s == "COMMIT" else None)
+    backend = Foresighted(ledger)
+    requests = requests_of(*range(8))
+    assert target(backend, ledger, price=PRICE).score(requests, stage="a") == [answer_to(r) for r in requests]
+    # Reserved, sent; then each block with the next one's mark; nothing is done later than before.
+    assert backend.states[2] == {"done": 2, "sent": 2, "reserved": 4}
+    assert backend.states[3] == backend.states[2]
+    assert len(seen) == 2 + 4
+    assert (ledger.totals().done, ledger.totals().unknown) == (8, 0)
+
+
+def test_what_was_marked_and_never_left_is_not_spent(ledger: Ledger) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        target(Foresighted(ledger, stop_at=4), ledger).score(requests_of(*range(8)), stage="a")
+    totals = ledger.totals()
+    assert (totals.done, totals.unknown, totals.open) == (4, 0, 0)
+
+
+def test_what_does_not_fit_is_not_marked_ahead_and_the_answer_is_kept(ledger: Ledger) -> None:
+    # A call takes at most 24 tokens and one for each byte, and 11 in the end: 22 + 26 + 27 is one too many.
+    backend = Foresighted(ledger)
+    with pytest.raises(BudgetExceededError, match="max_tokens"):
+        target(backend, ledger, limits=Limits(max_tokens=74)).score(requests_of(*range(6)), stage="a")
+    totals = ledger.totals()
+    assert (totals.done, totals.unknown, totals.open) == (2, 0, 0)
+    assert backend.states[2] == {"done": 2, "reserved": 4}

@@ -23,6 +23,7 @@ from .base import (
     OnTokens,
     ScoreRequest,
     ScoreResult,
+    announce_soon,
 )
 
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
@@ -98,6 +99,8 @@ class Flow:
                     stop = stop or self._note(result for _, result in block)
                     if on_tokens is not None:
                         on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
+                    if stop is None:
+                        announce_soon(on_send, order.coming(len(block)))
                     yield sorted(block, key=lambda pair: pair[0])
                 if not done and time.monotonic() >= drain_until:
                     break

@@ -198,6 +198,26 @@ that may have been billed (see ``uncertain`` in the results), or one more sample
 A retry after an attempt that certainly cost nothing (refused with status 429, never connected) is not announced.
 """
 
+
+def announce_soon(on_send: OnSend | None, indices: Sequence[int]) -> None:
+    """Say which requests will leave next, just before yielding a block of results.
+
+    A promise of nothing: they are announced to ``on_send`` all the same when they leave. But the ledger can then write
+    that down together with the block's results, and the calls leave without waiting for the disk a second time.
+
+    Parameters
+    ----------
+    on_send : callable or None
+        What the backend was given.
+    indices : sequence of int
+        Not announced so far; no more than the block has results, or more calls than are in flight could be taken for lost
+        after a crash.
+    """
+    soon = getattr(on_send, "soon", None)
+    if soon is not None:
+        soon(indices)
+
+
 OnTokens: TypeAlias = Callable[[int], None]
 """Called with the number of tokens computed since the last call; drives progress bars."""
 
