@@ -361,6 +361,19 @@ class Meter:
         self._count(stage, prompt_tokens_reused=prompt, completion_tokens_reused=completion)
         return results
 
+    def cancel_batches(self) -> list[str]:
+        """Ask the provider to stop what is under way of this model; what it has answered is collected by the next run.
+
+        Returns
+        -------
+        list of str
+            Ids of the batches that were still at work; empty for a backend that sends none.
+        """
+        if not keeps_journal(self.backend):
+            return []
+        stopped: list[str] = self.backend.cancel(self._journal([]))  # type: ignore[attr-defined]
+        return stopped
+
     def _journal(self, keys: list[str], *, take_over: bool = False) -> Journal:
         """The backend's journal; what an earlier process left under way is taken over, not paid for twice."""
         if self.ledger is None:

@@ -21,6 +21,7 @@ from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 from proxyprompt.ledger import Ledger
 from proxyprompt.metering import Meter
+from proxyprompt.prices import own_price
 
 from .batch_server import BatchServer, batch_server
 from .contract import check_score_result, in_order
@@ -213,6 +214,25 @@ class TestResuming:
             r.error is None for r in in_order(batched(account).score(REQUESTS[3:], journal=journal), 3)
         )
         assert (len(account.batches), account.lines_run, journal.read()) == (1, 5, {})
+
+    def test_cancelling_by_the_ledger(self, account: BatchServer, tmp_path: Path) -> None:
+        account.looks = 10**9
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            asking = meter(account, ledger, batch_wait=0.01)
+            with pytest.raises(RetryableBackendError):
+                asking.score(REQUESTS, stage="s")
+            assert asking.cancel_batches() == ["batch_1"]
+            assert all(r.error is None for r in asking.score(REQUESTS, stage="s"))
+            assert asking.cancel_batches() == []
+        assert len(account.batches) == 1
+
+    def test_money_is_set_aside_at_the_price_that_is_paid(self, account: BatchServer, tmp_path: Path) -> None:
+        price = own_price(input=1_000_000, output=0, batch_discount=0.5)
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            asking = Meter(batched(account), ledger, role="target", run="r", price=price)
+            results = asking.score(REQUESTS, stage="s")
+            first, *rest = [r.usage.prompt_tokens for r in results]
+            assert ledger.totals(run="r").money["USD"] == first + sum(rest) / 2
 
     def test_cancelling(self, account: BatchServer) -> None:
         journal = MemoryJournal([f"{k:064x}" for k in range(len(REQUESTS))])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from proxyprompt.backends.base import keeps_journal
 from proxyprompt.config import RunConfig, load_config
 from proxyprompt.errors import ConfigError, DataError, ModelSpecError, ProxyPromptError
 from proxyprompt.task import LabelTask, TextTask
@@ -47,6 +48,39 @@ def load(folder: Path, text: str = GOOD) -> RunConfig:
 def edit(old: str, new: str) -> str:
     assert old in GOOD
     return GOOD.replace(old, new)
+
+
+def served(option: str) -> str:
+    """A target behind an API, with one option."""
+    return edit('embedded:gemma-3-270m"', f'openai:m"\nbase_url = "http://127.0.0.1:1/v1"\n{option}')
+
+
+def test_all_options_of_a_served_model_are_taken(folder: Path) -> None:
+    options = """
+        api = "chat"
+        top_logprobs = 5
+        evidence = ["logprobs", "texts"]
+        repeats = 3
+        reasoning_tokens = 100
+        parameters = {reasoning_effort = "none"}
+        concurrency = 9
+        rpm = 60
+        tpm = 1e5
+        timeout = 5
+        max_tries = 2
+        max_wait = 60
+        paid_retries = 0
+        model_change = "error"
+        batch = true
+        batch_size = 10
+        batch_poll = 1.5
+        batch_wait = 60
+        allow_http = true
+    """
+    target = load(folder, served(options)).target
+    assert target.identity["repeats"] == 3
+    assert target.identity["parameters"] == {"reasoning_effort": "none"}
+    assert keeps_journal(target)
 
 
 def test_a_good_config_names_everything_and_loads_nothing(folder: Path) -> None:
@@ -101,6 +135,20 @@ def test_reading_a_config_imports_no_model_library(folder: Path) -> None:
             edit('model = "embedded:gemma-3-270m"', 'model = "embedded:gemma-3-270m"\ncolour = 1'),
             ModelSpecError,
             "colour",
+        ),
+        (served("repeats = 0"), ModelSpecError, "repeats=0 must be an integer from 1 to 100"),
+        (
+            served("evidence = ['guess']"),
+            ModelSpecError,
+            "must name one or more of logprobs, decisions, texts",
+        ),
+        (served("batch = 'yes'"), ModelSpecError, "batch='yes' must be true or false"),
+        (served("parameters = {n = 2}"), ModelSpecError, "parameters: n are set by the backend"),
+        (served("api_key = 'sk-1'"), ModelSpecError, "unknown options"),
+        (
+            edit("embedded:gemma-3-270m", 'openai:m"\nbase_url = "http://10.0.0.9/v1'),
+            ModelSpecError,
+            "allow_http",
         ),
         (edit("[task]", "[task]\nkind = 'rank'"), ConfigError, "task.kind"),
         (edit("[prompt]", "[prompt]\nstyle = 'xml'"), ProxyPromptError, "style"),

@@ -54,6 +54,8 @@ class Flow:
         self._connection = connection
         self._pace = connection.pace
         self._note = note
+        self.at_once = False
+        """Whether a request is asked at once now, at the full price, although the rest goes in batches."""
 
     def blocks(
         self,
@@ -137,8 +139,12 @@ class Flow:
             tries[place] += 1
             left.remove(index)
             tell = _renamed(announce, index)
-            for block in self.blocks([requests[index]], work, known, tell, on_tokens):
-                yield [(index, result) for _, result in block]
+            self.at_once = True
+            try:
+                for block in self.blocks([requests[index]], work, known, tell, on_tokens):
+                    yield [(index, result) for _, result in block]
+            finally:
+                self.at_once = False
         if strange := [index for index in left if not known(requests[index])]:
             raise BackendError(
                 f"{self._connection.model!r} at {self._connection.public_url} gave no usable answer to "

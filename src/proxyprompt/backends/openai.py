@@ -317,6 +317,11 @@ class OpenAIBackend:
         """Whether calls outlive the process: with ``batch=True``."""
         return self._batch is not None
 
+    @property
+    def batch(self) -> bool:
+        """Whether what is sent now goes in a batch, at batch prices; the first request of an endpoint does not."""
+        return self._batch is not None and not self._flow.at_once
+
     def under_way(self, journal: Journal) -> Sequence[int]:
         """Indices of ``journal.keys`` that an earlier process has sent and nobody has collected."""
         return under_way(journal)
