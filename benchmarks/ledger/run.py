@@ -225,7 +225,7 @@ def main() -> None:
         },
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results["commit_ms"] = _commit_milliseconds(folder)
         for kind, function in measure:
