@@ -405,10 +405,12 @@ class Meter:
         return self.ledger.claim(keys, **terms)
 
     def _terms(self) -> Terms:
-        unlimited = self._limits is None or not self._limits.any
-        if unlimited and self._price is None:
-            return Terms()
-        return Terms(self._limits, self._most, self._cost)
+        limits = self._limits if self._limits is not None and self._limits.any else None
+        counted = limits is not None and (limits.max_tokens, limits.max_money) != (None, None)
+        # A local model's tokenizer is not asked about every prompt for the sake of a price of nothing.
+        if not counted and (self._price is None or not self._amount(1, 1)):
+            return Terms(limits)
+        return Terms(limits, self._most, self._cost)
 
     def _likely(self, request: ScoreRequest | GenerateRequest) -> tuple[int, int]:
         """Prompt and completion tokens that a call will probably take."""

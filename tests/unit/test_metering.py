@@ -29,7 +29,7 @@ from proxyprompt.backends.base import (
 from proxyprompt.errors import BackendError, BudgetExceededError, InputError, LedgerCorruptError, LedgerError
 from proxyprompt.ledger import Answer, Ledger, Limits, request_key
 from proxyprompt.metering import Meter
-from proxyprompt.prices import own_price
+from proxyprompt.prices import FREE, own_price
 
 IDENTITY = {"model": "fake"}
 PRICE = own_price(input=1_000, output=10_000, cached_input=100)
@@ -444,6 +444,23 @@ def test_token_limits_use_the_backends_count_or_an_estimate(ledger: Ledger) -> N
     backend = FakeScorer()
     target(backend, ledger, limits=Limits(max_tokens=most)).score([chat], stage="a")
     assert (len(backend.sent), ledger.totals().open) == (1, 0)
+
+
+def test_a_free_model_s_tokenizer_is_left_alone(ledger: Ledger) -> None:
+    class Counting(FakeScorer):
+        counted = 0
+
+        def plan(self, requests: Any) -> None: ...
+
+        def count_tokens(self, prompt: Any) -> int:
+            self.counted += 1
+            return 5
+
+    backend = Counting()
+    target(backend, ledger, limits=Limits(max_calls=9), price=FREE).score(requests_of(1, 2), stage="a")
+    assert backend.counted == 0
+    target(backend, ledger, limits=Limits(max_tokens=99), price=FREE).score(requests_of(3), stage="a")
+    assert backend.counted > 0
 
 
 def test_eight_threads_never_overspend(ledger: Ledger) -> None:
