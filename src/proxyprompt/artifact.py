@@ -114,6 +114,9 @@ class Artifact:
             )
         artifact = cls(body)
         try:
+            for name in ("kept", "removed"):
+                if not isinstance(body[name], list):
+                    raise ArtifactError(f"{path}: {name} must be a list of ids.")
             ids = [d.id for d in artifact.original.demonstrations]
             if sorted([*artifact.kept, *artifact.removed]) != sorted(ids):
                 raise ArtifactError(f"{path}: kept and removed do not add up to the original demonstrations.")

@@ -212,10 +212,11 @@ def _show(artifact: Artifact, paths: dict[str, str], *, as_json: bool) -> None:
         click.echo(json.dumps({"files": paths, **artifact.body}, ensure_ascii=True))
         return
     from .report import print_terminal
+    from .report._text import visible
 
     print_terminal(artifact.summary)
     for name, path in paths.items():
-        click.echo(f"{name:>9}  {path}")
+        click.echo(visible(f"{name:>9}  {path}"))
 
 
 def _plan(config: RunConfig) -> str:
@@ -236,7 +237,10 @@ def _power(config: RunConfig) -> str:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    from .report._text import visible
+
+    # Messages quote ids, titles and paths, and these may be somebody else's.
+    click.echo(visible(text), err=True)
 
 
 @contextmanager

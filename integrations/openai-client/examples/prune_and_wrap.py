@@ -57,7 +57,7 @@ texts = [
     for w in words
 ]
 np.random.default_rng(1).shuffle(texts)
-known, fresh = [tuple(map(str, pair)) for pair in texts[:100]], texts[100:120]
+known, fresh = [tuple(map(str, pair)) for pair in texts[:80]], texts[80:100]
 
 
 def few_shot(text):
@@ -89,9 +89,10 @@ pruned = prune_messages(
     user_template="Sentence: {input}",
     # Small numbers, so that this example runs in a minute or two on a CPU.
     settings=Settings(
-        fit_coalitions=16,
+        fit_coalitions=24,
         oracle_queries=5,
-        max_evaluations=4,
+        max_evaluations=3,
+        clean_rounds=1,
         relabel="off",
         price_input_per_million=DOLLARS_PER_MILLION,
         price_output_per_million=0,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import ipaddress
+import json
 import re
 import socket
 from collections.abc import Sequence
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from proxyprompt.errors import BackendError, InputError
 
@@ -96,13 +99,46 @@ def _forbidden(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_link_local or address in _METADATA
 
 
+def credentials(url: str) -> list[str]:
+    """User, password and values of the query of an address, as they are written and as they are meant."""
+    parts = urlsplit(url)
+    found = [parts.username or "", parts.password or "", *(v for _, _, v in _pairs(parts.query))]
+    return [text for part in found for text in dict.fromkeys((part, unquote(part))) if text]
+
+
+def _pairs(query: str) -> list[tuple[str, str, str]]:
+    return [field.partition("=") for field in query.split("&")]
+
+
 def redact(text: str, secrets: Sequence[str]) -> str:
-    """``text`` without the secrets and anything else that looks like a credential."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
-    text = re.sub(r"(?i)\b(sk-|bearer\s+)[\w.\-*]{4,}", r"\1***", text)
+    """``text`` without the secrets, however they are encoded, and anything else that looks like a credential."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        for form in _forms(secret):
+            text = text.replace(form, "***")
+    text = re.sub(r"(?i)\b(sk-|hf_|bearer\s+)[\w.\-*]{4,}", r"\1***", text)
+    text = re.sub(
+        r"(?i)\b((?:api[-_]?key|password|secret|token)[\"']?\s*[=:]\s*[\"']?)[^\s&\"',;*]{6,}", r"\1***", text
+    )
     return re.sub(r"(https?://)[^/@\s]+@", r"\1***@", text)
+
+
+def _forms(secret: str) -> list[str]:
+    """A secret as servers and loggers may repeat it. Short ones would cut ordinary words out of a message."""
+    if len(secret) < 4:
+        return []
+    raw = secret.encode()
+    escaped = json.dumps(secret)[1:-1]
+    forms = [
+        secret,
+        escaped,
+        escaped.replace("/", "\\/"),
+        html.escape(secret),
+        quote(secret),
+        quote(secret, safe=""),
+    ]
+    forms += [repr(secret)[1:-1], raw.hex(), raw.hex().upper()]
+    forms += [encode(raw).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode)]
+    return sorted(dict.fromkeys(forms), key=len, reverse=True)
 
 
 def one_line(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from proxyprompt._require import require
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
-from ._openai_address import check_address, check_lookup, one_line, public_url, redact
+from ._openai_address import check_address, check_lookup, credentials, one_line, public_url, redact
 from ._openai_faults import classify, read_allowance, retry_after
 from ._openai_pace import Pace
 from ._openai_wire import PATHS, read_body
@@ -371,7 +371,7 @@ class Connection:
 
     def _redacted(self, text: str) -> str:
         key = getattr(self._client, "api_key", None)
-        return redact(text, [key] if isinstance(key, str) else [])
+        return redact(text, [*([key] if isinstance(key, str) else []), *credentials(self._url)])
 
 
 OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})

@@ -253,6 +253,7 @@ class TransformersBackend:
         return {"model": label, "commit": self._files.commit, "sha256": files.hash_folder(self._files.folder)}
 
     def _load_tokenizer(self) -> TextTokenizer:
+        files.read_config(self._files.folder)  # refuses what must not be loaded
         return TextTokenizer.from_folder(self._files.folder)
 
     # Parts, each made when first needed.
@@ -279,6 +280,7 @@ class TransformersBackend:
 
     @cached_property
     def _model(self) -> Any:
+        files.read_config(self._files.folder)
         return load_model(self._files.folder, self._dtype_name(), pick_device(self._device))
 
     @cached_property

@@ -94,6 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     BackendError
         If the configuration is missing or unreadable, names no causal language model, or has no safe weights.
     """
+    _check_links(folder)
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -107,6 +108,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"model: config.json in {folder.name!r} is not valid JSON ({error}).",
             hint="Save the model again.",
         ) from error
+    if not isinstance(config, dict):
+        raise BackendError(
+            f"model: config.json in {folder.name!r} is no JSON object.", hint="Save the model again."
+        )
+    _check_code(config, folder)
     names = config.get("architectures") or []
     causal = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
     if config.get("is_encoder_decoder") or (names and not any(name.endswith(causal) for name in names)):
@@ -121,6 +127,43 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     result: dict[str, Any] = config
     return result
+
+
+def _check_code(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model that needs code from its own folder, or sets what only transformers itself may set."""
+    internal = sorted(
+        key
+        for part in (config, *(v for v in config.values() if isinstance(v, Mapping)))
+        for key in part
+        if key.startswith(("_attn_implementation", "_experts_implementation"))
+    )
+    if internal:
+        raise BackendError(
+            f"model: config.json in {folder.name!r} sets {', '.join(internal)}, through which code could be loaded.",
+            hint="Remove it, if you trust the rest.",
+        )
+    if "auto_map" in config:
+        known = require("transformers.models.auto.configuration_auto", "transformers").CONFIG_MAPPING_NAMES
+        if config.get("model_type") not in known:
+            raise BackendError(
+                f"model: {folder.name!r} brings code of its own (auto_map), and such code is never run.",
+                hint="Take a model whose architecture the installed transformers knows.",
+            )
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links out of the folder; a hub's cache links to its own ``blobs``, next to ``snapshots``."""
+    home = folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    names = [folder / name for name in _DESCRIBING] + sorted(folder.glob("*.safetensors"))
+    for file in names:
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
+            raise BackendError(
+                f"model: {file.name} in {folder.name!r} is a link to somewhere else.",
+                hint="Put the file itself into the folder.",
+            )
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
