@@ -275,8 +275,13 @@ class TestClients:
         client.close()
 
     def test_one_backend_serves_many_batches_and_threads(self, server: Scripted) -> None:
-        server.replies = [scores()]
-        model = backend(server)
+
+        def reply(body: dict[str, Any]) -> Reply:
+            time.sleep(0.01)
+            return scores()
+
+        server.reply = reply
+        model = backend(server, concurrency=3)
         in_order(model.score([ASK]), 1)
         counts: list[int] = []
         threads = [
@@ -288,6 +293,7 @@ class TestClients:
         for thread in threads:
             thread.join()
         assert counts == [9] * 4
+        assert server.most_running <= 3
 
     def test_inside_a_running_event_loop(self, server: Scripted) -> None:
         server.replies = [scores()]
@@ -421,7 +427,7 @@ class TestSafety:
             return scores()
 
         server.reply = reply
-        model = backend(server)
+        model = backend(server, concurrency=4)
         in_order(model.score([ASK]), 1)
         sent: list[int] = []
         got: list[int] = []

@@ -28,20 +28,32 @@ def clock() -> Clock:
     return Clock()
 
 
+def test_it_doubles_until_the_first_refusal(clock: Clock) -> None:
+    pace = Pace(64, clock=clock)
+    limits = []
+    for _ in range(4):
+        limits.append(pace.limit)
+        for _ in range(pace.limit):
+            pace.succeeded(NOTHING)
+    assert limits == [4, 8, 16, 32]
+    assert Pace(2).limit == 2
+
+
 def test_clean_rounds_grow_and_overload_cuts_once_per_episode(clock: Clock) -> None:
     pace = Pace(10, clock=clock)
-    assert pace.limit == 4
-    for _ in range(4 + 5):
+    for _ in range(100):
         pace.succeeded(NOTHING)
-    assert pace.limit == 6
+    assert pace.limit == 10
     sent = [clock.now] * 3
     clock.now += 1
     for at in sent:
         pace.overloaded(at, None)
-    assert pace.limit == 4  # 6 * 0.7, once for all three
-    clock.now += 1
-    pace.overloaded(clock.now, None)
-    assert pace.limit == 2
+    assert pace.limit == 7  # 70 %, once for all three
+    for _ in range(7 + 8 - 1):
+        pace.succeeded(NOTHING)
+    assert pace.limit == 8
+    pace.succeeded(NOTHING)
+    assert pace.limit == 9
     for _ in range(20):
         clock.now += 1
         pace.overloaded(clock.now, None)
@@ -49,7 +61,6 @@ def test_clean_rounds_grow_and_overload_cuts_once_per_episode(clock: Clock) -> N
     for _ in range(1000):
         pace.succeeded(NOTHING)
     assert pace.limit == 10
-    assert Pace(2).limit == 2
 
 
 def test_a_pause_holds_everything_back(clock: Clock) -> None:

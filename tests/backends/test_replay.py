@@ -119,6 +119,18 @@ def test_file_is_private_reproducible_and_replaced(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.jsonl.gz"]
 
 
+def test_how_values_were_got_is_recorded(tmp_path: Path) -> None:
+    request = ScoreRequest("p", ("a", "b"))
+    counted = ScoreResult((-0.5, None), (True, True), evidence="texts", samples=7)
+    write_recordings(tmp_path / "r.jsonl", [(request, counted)])
+    [[(_, result)]] = ReplayBackend(tmp_path / "r.jsonl").score([request])
+    assert (result.evidence, result.samples, result.logprobs) == ("texts", 7, (-0.5, None))
+    line = '{"prompt": "p", "candidates": ["a"], "logprobs": [null], "evidence": "guess"}'
+    (tmp_path / "bad.jsonl").write_text(line)
+    with pytest.raises(DataError, match="evidence='guess' must be"):
+        ReplayBackend(tmp_path / "bad.jsonl").score([request])
+
+
 def test_a_failed_call_is_not_a_recording(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with pytest.raises(InputError, match="error='down' cannot be recorded"):

@@ -267,6 +267,8 @@ class Asker:
             raise UnsupportedError(
                 "decisions", f"a decision takes 2 to 255 labels, not {len(request.candidates)}"
             )
+        if not isinstance(request.prompt, str) and any(turn.name is not None for turn in request.prompt):
+            raise UnsupportedError("decisions", "a decision takes no names of speakers")
         body = {"model": self.manner.model, **decision_fields(request.prompt, request.candidates)}
         reply = await self._connection.post("decisions", body, call)
         self.traits(endpoint).evidence = "decisions"

@@ -27,6 +27,9 @@ from ._openai_wire import PATHS, read_body
 from .base import Usage
 
 _FIRST_PAUSE = 0.5
+_FIRST_PAUSE_OF_LOAD = 2.0
+"""After 429 and 529: five pauses that double from here outlast a window of a minute, in which most limits are counted."""
+
 _LONGEST_PAUSE = 60.0
 _GIVE_UP_AFTER = 5
 """Calls in a row that fail for load or connection after all their tries: the server is down, not the request odd."""
@@ -38,6 +41,7 @@ _HINTS = {
     404: "Check the model's name, base_url (it usually ends in /v1) and api ('chat' or 'completions').",
     429: "Check the account's plan and limits.",
 }
+_LOAD = ("HTTP 429 ", "HTTP 529 ")
 _jitter = random.Random()
 
 T = TypeVar("T")
@@ -232,8 +236,7 @@ class Connection:
                 raise self._gave_up(f"{reason} after {_times(tries)}")
             asked = pause
             if pause is None:
-                ceiling = min(_FIRST_PAUSE * 2.0 ** (tries - 1), _LONGEST_PAUSE)
-                pause = ceiling * _jitter.uniform(0.5, 1.0)
+                pause = _backoff(tries, _FIRST_PAUSE_OF_LOAD if reason.startswith(_LOAD) else _FIRST_PAUSE)
             if time.monotonic() + pause > deadline:
                 wish = "" if asked is None else f", asked to wait {asked:g} s"
                 raise self._gave_up(
@@ -284,8 +287,7 @@ class Connection:
                     f"{self.model!r} at {self.public_url}: {reason} after {_times(tries)}.",
                     hint="What is under way is written down; run again when the server is back.",
                 )
-            ceiling = min(_FIRST_PAUSE * 2.0 ** (tries - 1), _LONGEST_PAUSE)
-            time.sleep(ceiling * _jitter.uniform(0.5, 1.0) if pause is None else pause)
+            time.sleep(_backoff(tries, _FIRST_PAUSE) if pause is None else pause)
 
     async def _managed(self, work: Callable[[Any], Any]) -> Any:
         if isinstance(self._client, self._sdk.AsyncOpenAI):
@@ -333,6 +335,8 @@ class Connection:
         if verdict.fault == "failed":
             raise CallFailedError(reason) from None
         pause = retry_after(error.response.headers)
+        if pause is None:
+            pause = read_allowance(error.response.headers).until_refilled
         self.pace.overloaded(sent_at, pause)
         return pause, verdict.fault == "maybe-billed", f"HTTP {status} ({message})"
 
@@ -447,6 +451,11 @@ def _check_client(client: Any) -> None:
             f"client is a {type(client).__name__}; an openai client is needed.",
             hint="Pass openai.OpenAI(...), openai.AsyncOpenAI(...) or their Azure forms.",
         )
+
+
+def _backoff(tries: int, first: float) -> float:
+    """Pause after so many tries, doubled each time, with jitter so that many callers do not come back together."""
+    return min(first * 2.0 ** (tries - 1), _LONGEST_PAUSE) * _jitter.uniform(0.5, 1.0)
 
 
 def _times(tries: int) -> str:

@@ -127,6 +127,12 @@ class Allowance:
     tokens: int | None = None
     tokens_reset: float | None = None
 
+    @property
+    def until_refilled(self) -> float | None:
+        """Seconds until what is used up is there again; ``None`` if nothing is."""
+        pairs = ((self.requests, self.requests_reset), (self.tokens, self.tokens_reset))
+        return max((reset for left, reset in pairs if left == 0 and reset), default=None)
+
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -54,6 +54,8 @@ class Flow:
         self._connection = connection
         self._pace = connection.pace
         self._note = note
+        self._lock = threading.Lock()
+        self._flying = 0  # over all batches that callers' threads have under way
         self.at_once = False
         """Whether a request is asked at once now, at the full price, although the rest goes in batches."""
 
@@ -174,18 +176,32 @@ class Flow:
         leaving: list[tuple[int, int]] = []
         while (index := order.peek()) is not None and self._pace.delay() <= 0:
             width = self._pace.limit if known(requests[index]) else 1
-            if len(flying) + len(leaving) >= width:
-                break
+            with self._lock:
+                # Its own results that the caller has not taken count too: they are not durable yet.
+                if max(self._flying, len(flying) + len(leaving)) >= width:
+                    break
+                self._flying += 1
             order.take()
             expected = len(flat(requests[index].prompt)) // 3 + 1
             self._pace.take(expected)
             leaving.append((index, expected))
         if not leaving:
             return
-        announce([index for index, _ in leaving])
-        for index, expected in leaving:
-            call = Call(_announcer(announce, index), stopped, expected)
-            flying[self._connection.submit(work(requests[index], call, order.cache_key(index)))] = index
+        staying = len(leaving)
+        try:
+            announce([index for index, _ in leaving])
+            for index, expected in leaving:
+                call = Call(_announcer(announce, index), stopped, expected)
+                future = self._connection.submit(work(requests[index], call, order.cache_key(index)))
+                future.add_done_callback(lambda _: self._landed(1))
+                flying[future] = index
+                staying -= 1
+        finally:
+            self._landed(staying)
+
+    def _landed(self, count: int) -> None:
+        with self._lock:
+            self._flying -= count
 
     def _finished(
         self, flying: Mapping[Future[_Result], int], more: bool, drain_until: float
@@ -194,7 +210,8 @@ class Flow:
         patience = self._pace.delay() if more else math.inf
         patience = min(patience or math.inf, drain_until - time.monotonic())
         if not flying:
-            time.sleep(max(0.0, min(patience, 1.0)))
+            # Held back by the pace, or by what other threads have in flight.
+            time.sleep(max(0.0, min(patience, 0.05)))
             return set()
         limit = None if patience == math.inf else max(0.0, patience)
         return wait(flying, timeout=limit, return_when=FIRST_COMPLETED).done

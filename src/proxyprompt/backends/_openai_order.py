@@ -24,7 +24,7 @@ def flat(prompt: Rendered) -> str:
     """A prompt as one text, such that prompts share beginnings as their tokens do."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(f"{turn.role}\x00{turn.content}\x01" for turn in prompt)
+    return "".join(f"{turn.role}\x00{turn.name or ''}\x00{turn.content}\x01" for turn in prompt)
 
 
 class Order:

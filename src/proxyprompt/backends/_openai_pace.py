@@ -5,6 +5,7 @@ Calls in flight follow the server: a refusal for load cuts them once per episode
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ class Pace:
     Notes
     -----
     The limit falls to 70 % when the server says that it is overloaded (429, 500, 502, 503, 529); calls that were sent
-    before the last cut do not cut again. It grows by one when as many calls as the limit have succeeded in a row.
+    before the last cut do not cut again. It grows by one with every success before the first cut, which doubles it each
+    round, and after that when as many calls as the limit have succeeded in a row.
     """
 
     def __init__(
@@ -45,12 +47,12 @@ class Pace:
         self._most = most
         self._limit = float(min(_START, most))
         self._clean = 0
-        self._cut_at = -float("inf")
+        self._cut_at = -math.inf
         self._per_request = 60 / rpm if rpm else 0.0
         self._per_token = 60 / tpm if tpm else 0.0
-        self._next_request = self._next_token = self._held_until = -float("inf")
+        self._next_request = self._next_token = self._held_until = -math.inf
         self._left: int | None = None
-        self._left_until = -float("inf")
+        self._left_until = -math.inf
         self._clock = clock
         self._lock = threading.Lock()
 
@@ -88,17 +90,15 @@ class Pace:
         """A call was answered; ``allowance`` is what the server says is left."""
         with self._lock:
             self._clean += 1
-            if self._clean >= int(self._limit):
+            never_refused = self._cut_at == -math.inf
+            if never_refused or self._clean >= int(self._limit):
                 self._clean = 0
                 self._limit = min(self._limit + 1, float(self._most))
             now = self._clock()
             self._left, self._left_until = allowance.requests, now + (allowance.requests_reset or 0.0)
-            for left, reset in (
-                (allowance.requests, allowance.requests_reset),
-                (allowance.tokens, allowance.tokens_reset),
-            ):
-                if left == 0 and reset:
-                    self._held_until = max(self._held_until, now + min(reset, _LONGEST_HOLD))
+            refilled = allowance.until_refilled
+            if refilled is not None:
+                self._held_until = max(self._held_until, now + min(refilled, _LONGEST_HOLD))
 
     def overloaded(self, sent_at: float, pause: float | None) -> None:
         """A call sent at ``sent_at`` was refused for load; nothing leaves for ``pause`` seconds."""

@@ -24,7 +24,9 @@ Scored: TypeAlias = tuple[ScoreRequest, ScoreResult]
 Generated: TypeAlias = tuple[GenerateRequest, GenerateResult]
 
 _ROLES = ("system", "developer", "user", "assistant")
-_SCORE_KEYS = frozenset({"prompt", "candidates", "logprobs", "censored", "usage", "model"})
+_SCORE_KEYS = frozenset(
+    {"prompt", "candidates", "logprobs", "censored", "usage", "model", "evidence", "samples"}
+)
 _TEXT_KEYS = frozenset({"prompt", "max_tokens", "stop", "text", "usage", "model"})
 
 
@@ -45,6 +47,8 @@ def as_line(request: ScoreRequest | GenerateRequest, result: ScoreResult | Gener
             "logprobs": ["-inf" if value == -math.inf else value for value in result.logprobs],
             "censored": list(censored),
         }
+        if result.evidence != "logprobs":
+            line |= {"evidence": result.evidence, "samples": result.samples}
     elif isinstance(request, GenerateRequest) and isinstance(result, GenerateResult):
         line |= {"max_tokens": request.max_tokens, "stop": list(request.stop), "text": result.text}
     else:
@@ -117,10 +121,15 @@ def _parse_scores(
         or not all(isinstance(each, bool) for each in censored)
     ):
         raise DataError(f"{where}: censored={censored!r} must be a list of {len(candidates)} true or false.")
+    evidence, samples = entry.get("evidence", "logprobs"), entry.get("samples", 0)
+    if evidence not in ("logprobs", "decisions", "texts"):
+        raise DataError(f"{where}: evidence={evidence!r} must be 'logprobs', 'decisions' or 'texts'.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise DataError(f"{where}: samples={samples!r} must be a whole number of at least 0.")
     values = tuple(None if value is None else float(value) for value in logprobs)
     return (
         ScoreRequest(prompt, tuple(candidates)),
-        ScoreResult(values, tuple(censored), usage, model_returned=model),
+        ScoreResult(values, tuple(censored), usage, model_returned=model, evidence=evidence, samples=samples),
     )
 
 

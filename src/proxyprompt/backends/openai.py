@@ -151,11 +151,11 @@ class OpenAIBackend:
     every other ``None``, and *all* are ``censored``. An answer without any label is an error.
 
     **Failures.** A refusal for load (429, 500, 502, 503, 529) and a failed connection are tried again, with pauses that
-    double from 0.5 s to 60 s or as ``Retry-After`` asks. A time limit, a connection that breaks and statuses 408,
-    504 and 524 may have been billed: at most ``paid_retries`` follow, each announced, and ``result.uncertain`` counts them.
-    Any other error is final. What fails for good is ``result.error``. A wrong key, an unknown model or an
-    exhausted quota stop the batch, and so do five requests in a row without any answer: the results at hand are
-    yielded, then :class:`~proxyprompt.errors.BackendError` is raised.
+    double from 0.5 s (2 s after 429) to 60 s or as ``Retry-After`` asks. A time limit, a connection that breaks and
+    statuses 408, 504 and 524 may have been billed: at most ``paid_retries`` follow, each announced, and
+    ``result.uncertain`` counts them. Any other error is final. What fails for good is ``result.error``. A wrong key, an
+    unknown model or an exhausted quota stop the batch, and so do five requests in a row without any answer: the
+    results at hand are yielded, then :class:`~proxyprompt.errors.BackendError` is raised.
 
     **Prompt caches.** Prompts that share a long beginning are sent one after the other, the first of them alone, with
     ``prompt_cache_key`` where the server takes it.

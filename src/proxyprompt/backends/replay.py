@@ -10,7 +10,8 @@ and a generation line::
     {"prompt": [{"role": "user", "content": "Capital of France?"}], "max_tokens": 8, "stop": ["\\n"],
      "text": "Paris"}
 
-``censored``, ``usage``, ``model`` and ``stop`` may be left out. In place of a log-probability, ``null`` is a
+``censored``, ``usage``, ``model`` and ``stop`` may be left out; values that do not come from log-probabilities name their
+``evidence`` and ``samples``. In place of a log-probability, ``null`` is a
 missing one and ``"-inf"`` that of the impossible.
 
 Files of leave-one-out scores, in which several models were asked the same prompts with each segment left out, are read by
@@ -25,6 +26,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -166,11 +168,10 @@ class ReplayBackend:
             raise self._missing(request.prompt, f"candidates {list(request.candidates)!r}")
         recorded, result = min(serving, key=lambda pair: len(pair[0].candidates))
         order = [recorded.candidates.index(candidate) for candidate in request.candidates]
-        return ScoreResult(
-            tuple(result.logprobs[k] for k in order),
-            tuple(result.censored[k] for k in order),
-            result.usage,
-            model_returned=result.model_returned,
+        return replace(
+            result,
+            logprobs=tuple(result.logprobs[k] for k in order),
+            censored=tuple(result.censored[k] for k in order),
         )
 
     def _find_text(self, request: GenerateRequest) -> GenerateResult:
