@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxyprompt.backends.base import keeps_journal
-from proxyprompt.config import RunConfig, load_config
+from proxyprompt.config import RunConfig, _ledger, config_from_mapping, load_config
 from proxyprompt.errors import ConfigError, DataError, ModelSpecError, ProxyPromptError
 from proxyprompt.task import LabelTask, TextTask
 
@@ -215,3 +215,31 @@ def test_what_the_screen_decides_on_is_a_setting(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load(folder, f"{GOOD}[screening]\n{section}\n")
+
+
+@pytest.mark.parametrize(("old", "new"), [("target_calls", "max_calls"), ("target_tokens", "max_tokens")])
+def test_the_old_names_of_budgets_say_the_new_ones(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\[budget\] {old} is now called {new}.*Write {new} ="):
+        config_from_mapping({"budget": {old: 5}}, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "message"),
+    [
+        ({"store": "secret"}, "ledger.store: got 'secret'; allowed: full, hash, encrypted"),
+        ({"key_file": "k"}, "with store = 'hash' or 'encrypted'"),
+        ({"store": "full", "key_file": "k"}, "with store = 'hash' or 'encrypted'"),
+    ],
+)
+def test_the_ledger_s_section_is_checked(tmp_path: Path, ledger: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _ledger(ledger, tmp_path, "c", LabelTask(("a", "b")))
+    assert _ledger({"store": "hash", "key_file": "k"}, tmp_path, "c", LabelTask(("a",))) == (
+        "hash",
+        tmp_path / "k",
+    )
+
+
+def test_a_text_task_does_not_fit_a_ledger_of_numbers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"keeps numbers only.*encrypted"):
+        _ledger({"store": "hash"}, tmp_path, "c", TextTask())
