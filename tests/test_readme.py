@@ -85,3 +85,9 @@ def test_every_option_of_shrinking_is_documented_with_its_default() -> None:
     sections = ("clean", "compress", "certificate", "price", "caching")
     wanted = {"tau", "margin", "confidence"}.union(*(_SECTIONS[name] for name in sections))
     assert {key for key, _, _ in rows} == wanted
+
+
+def test_the_names_for_the_openai_sdk_are_public() -> None:
+    code = README.split("## In an application that calls the OpenAI SDK", 1)[1].split("```")[1]
+    called = set(re.findall(r"(?<![.\w])([a-z_]+)\(", code))
+    assert called == {"prune_messages", "wrap_openai"} <= set(proxyprompt.__all__)
