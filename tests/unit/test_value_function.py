@@ -73,6 +73,19 @@ def test_label_only_models_give_right_or_wrong() -> None:
     assert values.probabilities.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
 
 
+def test_sampled_texts_give_shares() -> None:
+    def sampled(request: ScoreRequest) -> ScoreResult:
+        # For the first query a quarter of the texts was no label.
+        logs = (math.log(0.25), math.log(0.5)) if "x" in str(request.prompt) else (None, 0.0)
+        return ScoreResult(logs, (True, True), evidence="texts", samples=8)
+
+    values = function(ScriptedBackend(score=sampled)).evaluate(np.ones((1, 3), dtype=bool))
+    assert values.scale == "accuracy"
+    np.testing.assert_allclose(values.utility, [[0.25, 1.0]])
+    np.testing.assert_allclose(values.probabilities, [[[0.25, 0.5], [0.0, 1.0]]])
+    assert values.performance.tolist() == [[0.0, 1.0]]
+
+
 def test_queries_with_fewer_choices_have_probability_zero_beyond_their_own() -> None:
     queries = (
         Query("q0", {"input": "x"}, "p", ("p", "q", "r")),
