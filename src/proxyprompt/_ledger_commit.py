@@ -33,9 +33,9 @@ class _Waiting:
 class CommitQueue:
     """Group commit without a thread of its own.
 
-    While one thread waits for the disk, the others queue up for the lock; the first to get it takes the whole queue into
-    its transaction, and the rest find their work done. Each piece stands in a savepoint, so that an error of one leaves
-    the others as they are.
+    While one thread leads and waits for the disk, the others queue up; when it is done, those whose work it took along go
+    their way at once, and one of the rest leads with the whole queue. Each piece stands in a savepoint, so that an
+    error of one leaves the others as they are.
 
     Parameters
     ----------
@@ -57,19 +57,21 @@ class CommitQueue:
         self._explained = explained
         self._lock = lock
         self._queue: deque[_Waiting] = deque()
+        self._turn = threading.Condition()
+        self._leading = False
 
     def forget(self) -> None:
         """Drop what waits: after a fork its threads do not exist."""
         self._queue.clear()
+        self._turn, self._leading = threading.Condition(), False
 
     def run(self, action: str, work: Job[T]) -> T:
         """Run ``work`` in a durable transaction and return what it returns, or raise what it raises."""
         mine = _Waiting(work)
         self._queue.append(mine)
         try:
-            with self._lock:
-                while not mine.done:
-                    self._commit_queue(action)
+            while not mine.done:
+                self._wait_or_lead(mine, action)
         finally:
             if not mine.done:  # interrupted while waiting
                 with suppress(ValueError):
@@ -77,6 +79,25 @@ class CommitQueue:
         if mine.error is not None:
             raise mine.error
         return mine.result  # type: ignore[no-any-return]
+
+    def _wait_or_lead(self, mine: _Waiting, action: str) -> None:
+        """Wait until ``mine`` is done, or until nobody leads, and then lead."""
+        leads = False
+        try:
+            with self._turn:
+                while self._leading and not mine.done:
+                    self._turn.wait()
+                if mine.done:
+                    return
+                # In this order: an interruption between the two must not leave a leader that nobody is.
+                leads = self._leading = True
+            with self._lock:
+                self._commit_queue(action)
+        finally:
+            if leads:
+                with self._turn:
+                    self._leading = False
+                    self._turn.notify_all()
 
     def _commit_queue(self, action: str) -> None:
         jobs = [self._queue.popleft() for _ in range(min(len(self._queue), _MOST_JOBS))]

@@ -234,7 +234,7 @@ def test_the_old_names_of_budgets_say_the_new_ones(tmp_path: Path, old: str, new
 def test_the_ledger_s_section_is_checked(tmp_path: Path, ledger: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _ledger(ledger, tmp_path, "c", LabelTask(("a", "b")))
-    assert _ledger({"store": "hash", "key_file": "k"}, tmp_path, "c", LabelTask(("a",))) == (
+    assert _ledger({"store": "hash", "key_file": "k"}, tmp_path, "c", LabelTask(("a", "b"))) == (
         "hash",
         tmp_path / "k",
     )
