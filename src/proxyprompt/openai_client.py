@@ -130,7 +130,14 @@ def wrap_openai(
 
     Examples
     --------
-    >>> client = wrap_openai(OpenAI(), "out/artifact.json", on_mismatch="warn")   # doctest: +SKIP
+    >>> import openai
+    >>> from proxyprompt import Demonstration, FewShotPrompt
+    >>> prompt = FewShotPrompt((Demonstration("a", {"input": "x"}, "y"),), style="chat")
+    >>> stored = {"original_prompt": prompt.to_dict(), "kept": [], "removed": ["a"], "summary": {}}
+    >>> artifact = Artifact({**stored, "certificate": {"decision": "certified"}})
+    >>> with openai.OpenAI(api_key="none") as client:
+    ...     wrap_openai(client, artifact, on_mismatch="warn") is client
+    True
     """
     make = _request_maker(client)
     if on_mismatch not in _POLICIES:

@@ -41,7 +41,7 @@ class Browser:
         """Go to a page and wait until it is loaded."""
         self._loaded = False
         self._call("Page.navigate", url=page.as_uri())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self._loaded:
             self._receive(deadline)
 
@@ -59,7 +59,7 @@ class Browser:
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._to, data) :]
-        wanted, deadline = self._last, time.monotonic() + 60
+        wanted, deadline = self._last, time.monotonic() + 180
         while True:
             found = self._receive(deadline)
             if found.get("id") == wanted:
