@@ -55,6 +55,7 @@ LEVEL: dict[str, float] = {
     "_screening_pairs": 12,
     "_screening_result": 12,
     "explanation": 12,
+    "verifying": 13,
     "optimize": 13,
     "screening": 13,
     "settings": 13,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .data import Splits, load_demonstrations, load_prompt, load_queries, save_prompt, split_queries
     from .errors import ProxyPromptError
     from .estimate import RunEstimate, estimate_run
-    from .explains import OutputCheck, calibrate_check
+    from .explains import OutputCheck, calibrate_check, explains
     from .explanation import QueryExplanation, explain_queries
     from .ledger import Ledger
     from .messages import PrunedMessages, prune_messages
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .task import LabelTask, TextTask
     from .units import InstructionSentences, QueryDocuments, QuerySentences, QueryWords
     from .value_function import PromptValueFunction, Values
+    from .verifying import QueryVerification, VerifiedQueries, verify_queries
 
 _HOME = {
     "Artifact": "artifact",
@@ -76,6 +77,9 @@ _HOME = {
     "Query": "prompt",
     "QueryDocuments": "units",
     "QueryExplanation": "explanation",
+    "QueryVerification": "verifying",
+    "VerifiedQueries": "verifying",
+    "verify_queries": "verifying",
     "QuerySentences": "units",
     "QueryWords": "units",
     "Result": "pipeline",
@@ -91,6 +95,7 @@ _HOME = {
     "attribute_until_settled": "attribution",
     "build_artifact": "summary",
     "calibrate_check": "explains",
+    "explains": "explains",
     "estimate_run": "estimate",
     "explain_queries": "explanation",
     "load_config": "config",
@@ -134,6 +139,7 @@ __all__ = [
     "QueryDocuments",
     "QueryExplanation",
     "QuerySentences",
+    "QueryVerification",
     "QueryWords",
     "Result",
     "RunEstimate",
@@ -144,6 +150,7 @@ __all__ = [
     "TextTask",
     "TopK",
     "Values",
+    "VerifiedQueries",
     "WeightedBanzhaf",
     "__version__",
     "attribute_until_settled",
@@ -151,6 +158,7 @@ __all__ = [
     "calibrate_check",
     "estimate_run",
     "explain_queries",
+    "explains",
     "load_config",
     "load_demonstrations",
     "load_prompt",
@@ -161,6 +169,7 @@ __all__ = [
     "save_prompt",
     "screen",
     "split_queries",
+    "verify_queries",
     "wrap_openai",
     "write_outputs",
 ]

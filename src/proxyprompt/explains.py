@@ -27,7 +27,7 @@ from .attribution.base import Attribution, check_values, frozen
 from .coalitions import BoolArray, FloatArray, check_coalitions
 from .errors import InconclusiveError, InputError
 
-__all__ = ["OutputCheck", "OutputVerdict", "calibrate_check"]
+__all__ = ["OutputCheck", "OutputVerdict", "calibrate_check", "explains"]
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,54 @@ def calibrate_check(
     scale = errors.std(axis=1, ddof=1)
     scores = np.sort(_scores(observed[:, calibrate], expected, scale))
     return OutputCheck(frozen(matrix), frozen(expected), frozen(scale), frozen(scores), level)
+
+
+def explains(
+    artifact: Artifact, query: str, output: ArrayLike, *, level: float = 0.05, seed: int = 0
+) -> OutputVerdict:
+    """Is a new output what a stored explanation predicts, within its error, or an anomaly?
+
+    Parameters
+    ----------
+    artifact : Artifact
+        A stored result that the target explained itself.
+    query : str
+        Id of the new query, for the record.
+    output : float or (float, float)
+        The value of the new query with the whole prompt, as the artifact's attributions have it (log-probability of the
+        reference label in nats, or the score of a text); with a second number, its value without demonstrations: then
+        what the demonstrations change is judged.
+    level : float
+        Largest chance that a query like those explained is called an anomaly.
+    seed : int
+        Splits the stored queries; the same for all outputs that are judged by one check.
+
+    Returns
+    -------
+    OutputVerdict
+
+    Raises
+    ------
+    InputError
+        When a proxy explained, too few queries are stored for the level, or ``output`` is not one or two numbers.
+    InconclusiveError
+        When a value is missing (NaN).
+
+    Notes
+    -----
+    For many outputs, make the check once: :meth:`OutputCheck.from_artifact`. On the command line: ``proxyprompt explains``.
+    """
+    values = np.atleast_1d(np.asarray(output, dtype=np.float64))
+    if values.shape not in ((1,), (2,)):
+        raise InputError(
+            f"output has shape {values.shape}: one value, or the values with the whole prompt and without any"
+            " demonstration.",
+            hint="Evaluate check.rows for this query.",
+        )
+    check = OutputCheck.from_artifact(
+        artifact, rng=np.random.default_rng(seed), level=level, zero_shot=len(values) == 2
+    )
+    return check.explains(query, values)
 
 
 def _compared(values: FloatArray) -> FloatArray:

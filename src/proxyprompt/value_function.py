@@ -108,6 +108,8 @@ class PromptValueFunction:
         Name under which calls are recorded.
     progress : callable, optional
         ``progress(done, total)`` over the model calls of a batch.
+    repeat : int
+        0, or 1, 2, ... to ask the same things again, as a remote model may answer differently.
     """
 
     prompt: UnitPrompt
@@ -116,6 +118,7 @@ class PromptValueFunction:
     meter: Meter
     stage: str = "evaluate"
     progress: Progress | None = field(default=None, repr=False)
+    repeat: int = 0
 
     def __call__(self, coalitions: BoolMatrix) -> FloatArray:
         """Utility, shape ``(n_coalitions, n_queries)``."""
@@ -208,20 +211,25 @@ def evaluate_together(
     if not functions:
         return []
     first = functions[0]
-    if any(f.meter is not first.meter or f.task != first.task or f.stage != first.stage for f in functions):
-        raise InputError("functions: they do not share one meter, task and stage, as one batch has to.")
+    shared = (first.task, first.stage, first.repeat)
+    if any(f.meter is not first.meter or (f.task, f.stage, f.repeat) != shared for f in functions):
+        raise InputError(
+            "functions: they do not share one meter, task, stage and repeat, as one batch has to."
+        )
     matrices = [f._checked(matrix) for f, matrix in zip(functions, coalitions, strict=True)]
     pairs = list(zip(functions, matrices, strict=True))
     task = first.task
     if isinstance(task, TextTask):
         texts = [f._generate_requests(matrix, task) for f, matrix in pairs]
-        generated = first.meter.generate(_flat(texts), stage=first.stage, progress=first.progress)
+        generated = first.meter.generate(
+            _flat(texts), stage=first.stage, progress=first.progress, repeat=first.repeat
+        )
         return [
             _text_values(matrix, part, task, f.queries)
             for (f, matrix), part in zip(pairs, _parts(generated, texts), strict=True)
         ]
     asked = [f._score_requests(matrix, task) for f, matrix in pairs]
-    scored = first.meter.score(_flat(asked), stage=first.stage, progress=first.progress)
+    scored = first.meter.score(_flat(asked), stage=first.stage, progress=first.progress, repeat=first.repeat)
     return [
         _label_values(
             matrix,
