@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,53 @@ def estimate(config: Path, out: Path | None, as_json: bool) -> None:
         from .report.estimate import print_estimate
 
         print_estimate(found)
+
+
+@main.command(epilog=_EPILOG)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("queries", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Output folder of the run; overrides the config.",
+)
+@click.option("--level", type=float, default=0.05, show_default=True, help="False-alarm rate.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON on standard output.")
+def explains(config: Path, queries: Path, out: Path | None, level: float, as_json: bool) -> None:
+    """Is the target's output on each of QUERIES what the stored explanation predicts, or an anomaly?
+
+    Needs the artifact of a finished run of CONFIG in which the target explained itself. Two calls a query: the original
+    prompt with all demonstrations, and with none.
+    """
+    from .config import load_config
+    from .data import load_queries
+    from .explains import check_queries
+
+    with _errors():
+        checked = load_config(config, output=out)
+        new = [query for query, _ in load_queries(queries)]
+        with _interruptible(checked.output), _ledger(checked, checked.output) as ledger:
+            verdicts = check_queries(
+                checked.output / "artifact.json",
+                checked.prompt,
+                checked.task,
+                new,
+                checked.target,
+                ledger,
+                level=level,
+            )
+        if as_json:
+            click.echo(json.dumps([asdict(v) for v in verdicts], ensure_ascii=True))
+            return
+        for v in verdicts:
+            click.echo(
+                f"{v.verdict:>9}  {v.query}: the demonstrations change the value by {-v.observed[-1]:+.3f}, expected"
+                f" {-v.expected[-1]:+.3f}; p = {v.p_value:.3f}"
+            )
+        odd = sum(not v.explained for v in verdicts)
+        _say(
+            f"{odd} of {len(verdicts)} are anomalies; of queries like the explained ones, {level:.0%} would be."
+        )
 
 
 class _Ours(click.Group):

@@ -14,9 +14,11 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,16 @@ from numpy.typing import ArrayLike
 
 from .artifact import Artifact
 from .attribution.base import Attribution, check_values, frozen
+from .backends.base import Backend
 from .coalitions import BoolArray, FloatArray, check_coalitions
 from .errors import InconclusiveError, InputError
+from .ledger import Ledger
+from .metering import Meter
+from .prompt import FewShotPrompt, Query
+from .task import Task
+from .value_function import PromptValueFunction
 
-__all__ = ["OutputCheck", "OutputVerdict", "calibrate_check", "explains"]
+__all__ = ["OutputCheck", "OutputVerdict", "calibrate_check", "check_queries", "explains"]
 
 
 @dataclass(frozen=True)
@@ -318,6 +326,55 @@ def explains(
         artifact, rng=np.random.default_rng(seed), level=level, zero_shot=len(values) == 2
     )
     return check.explains(query, values)
+
+
+def check_queries(
+    artifact: str | os.PathLike[str],
+    prompt: FewShotPrompt,
+    task: Task,
+    queries: Sequence[Query],
+    target: Backend,
+    ledger: Ledger,
+    *,
+    level: float = 0.05,
+) -> tuple[OutputVerdict, ...]:
+    """Ask the target for new queries, with all demonstrations and with none, and judge its outputs.
+
+    Parameters
+    ----------
+    artifact : path
+        Of a finished run, whose target explained itself.
+    prompt : FewShotPrompt
+        The original prompt of that run.
+    task : Task
+    queries : sequence of Query
+        With references, as values are about them.
+    target : Backend
+    ledger : Ledger
+        Where the calls are recorded.
+    level : float
+        False-alarm rate.
+
+    Raises
+    ------
+    InputError
+        When the artifact is about another prompt or target, or holds no values of the target.
+    InconclusiveError
+        When an answer is missing.
+    """
+    stored = Artifact.load(Path(artifact))
+    if stored.body["target"] != target.name or stored.body["original_prompt"] != prompt.to_dict():
+        raise InputError(
+            f"{artifact}: the artifact is about another prompt, or another target ({stored.body['target']!r}) than"
+            f" {target.name!r}.",
+            hint="Use the configuration of the run that wrote it.",
+        )
+    task.validate(prompt.demonstrations, queries)
+    check = OutputCheck.from_artifact(stored, rng=np.random.default_rng(0), level=level)
+    meter = Meter(target, ledger, role="target", run="explains")
+    values = PromptValueFunction(prompt, task, queries, meter, "explains").evaluate(check.rows)
+    values.require_complete("the outputs to judge", share=0.0)
+    return tuple(check.explains(q.id, values.utility[:, k]) for k, q in enumerate(queries))
 
 
 def _compared(values: FloatArray) -> FloatArray:

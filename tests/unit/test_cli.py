@@ -139,3 +139,31 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_runs(folder: P
 def test_help_and_version() -> None:
     assert "Exit codes" in call("--help").stdout
     assert "proxyprompt" in call("--version").stdout
+
+
+def test_new_outputs_are_explained_or_anomalies(folder: Path, tmp_path: Path) -> None:
+    """The same outputs, once with their references and once with wrong ones, of which the opposite is expected."""
+    config, out = str(folder / "config.toml"), str(tmp_path / "out")
+    assert call("run", config, "--out", out).exit_code == 0
+    rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()[-12:]]
+    wrong = [{**r, "id": f"wrong {r['id']}", "label": "b" if r["label"] == "a" else "a"} for r in rows]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, [*rows, *wrong])))
+    done = call("explains", config, str(tmp_path / "new.jsonl"), "--out", out, "--level", "0.2")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 24
+    odd = [line for line in lines if line.strip().startswith("anomaly")]
+    assert sum("wrong" in line for line in odd) == 12
+    assert sum("wrong" not in line for line in odd) <= 6
+    assert f"{len(odd)} of 24 are anomalies" in done.stderr
+    as_json = call("explains", config, str(tmp_path / "new.jsonl"), "--out", out, "--level", "0.2", "--json")
+    verdicts = json.loads(as_json.stdout)
+    assert [v["query"] for v in verdicts][:2] == [r["id"] for r in rows[:2]]
+    assert {v["verdict"] for v in verdicts[12:]} == {"anomaly"}
+    strict = call("explains", config, str(tmp_path / "new.jsonl"), "--out", out, "--level", "0.001")
+    assert strict.exit_code == 2
+    assert "to calibrate" in strict.stderr
+    (folder / "shorter.toml").write_text(CONFIG.replace("O: {output}", "A: {output}"))
+    other = call("explains", str(folder / "shorter.toml"), str(tmp_path / "new.jsonl"), "--out", out)
+    assert other.exit_code == 2
+    assert "another prompt" in other.stderr

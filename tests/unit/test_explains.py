@@ -8,7 +8,7 @@ import pytest
 from proxyprompt.artifact import Artifact
 from proxyprompt.attribution import KernelSHAP, WeightedBanzhaf
 from proxyprompt.errors import InconclusiveError, InputError
-from proxyprompt.explains import OutputCheck, calibrate_check
+from proxyprompt.explains import OutputCheck, calibrate_check, explains
 
 N_UNITS = 8
 WEIGHTS = np.array([2.0, -1.0, 0.5, 0.0, 1.0, 0.3, 0.0, -0.5])
@@ -147,3 +147,18 @@ def test_refusals():
     values[2, :6] = np.nan
     with pytest.raises(InputError, match="24 complete"):
         calibrate_check(attribution, PROBES, values, rng=rng)
+
+
+def test_a_plain_question_of_an_artifact():
+    """One value judges the output alone; a second, without demonstrations, what they change."""
+    rng = np.random.default_rng(4)
+    _, attribution = explained(80, rng, WeightedBanzhaf())
+    artifact = stored(attribution)
+    new = Queries(60, rng)(np.array([[True] * N_UNITS, [False] * N_UNITS]))
+    pairs = [explains(artifact, "q", column) for column in new.T]
+    assert np.mean([v.explained for v in pairs]) > 0.8
+    assert explains(artifact, "q", new[0, 0]).observed == (new[0, 0],)
+    assert explains(artifact, "odd", [0.0, 40.0]).verdict == "anomaly"
+    assert pairs[0] == explains(artifact, "q", new[:, 0])
+    with pytest.raises(InputError, match="one value, or the values"):
+        explains(artifact, "q", [1.0, 2.0, 3.0])
