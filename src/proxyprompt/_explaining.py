@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from ._run import Run
 from .attribution import KernelSHAP, WeightedBanzhaf
+from .attribution.allocation import Allocation, allocate
 from .attribution.base import Attribution, Design
 from .attribution.calibrated import CalibratedAttribution, calibrate
 from .attribution.ensemble import ensemble, ensemble_weights
 from .attribution.extending import nested_designs
+from .errors import InputError
 from .metering import Meter
+from .money import Call, bill_call
 from .prompt import Query
 from .screening import ProxyScreening, Screening, agreement, averaged, plan_screen, screen
 from .value_function import Values
@@ -226,6 +229,15 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
             " itself."
         )
         calibration = _calibrate(run, queries, design, values.utility)
+        more = _allocate(run, calibration or attribution, design, values, len(queries))
+        if more is not None and more.calls:
+            design = _longer(run, design, more.n_target)
+            values = run.evaluate(run.target, queries, "attribute", design.coalitions)
+            values.require_complete(f"attribution by {name}")
+            attribution = run.explainer.fit(design, values.utility)
+            calibration = _calibrate(run, queries, design, values.utility)
+        if more is not None:
+            why += _bought(more, s.attribution_error)
         if calibration is not None:
             attribution = calibration.attribution
             why += (
@@ -243,6 +255,61 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
         design=design,
         utility=values.utility,
     )
+
+
+def _allocate(
+    run: Run,
+    first: CalibratedAttribution | Attribution,
+    design: Design,
+    values: Values,
+    n_queries: int,
+) -> Allocation | None:
+    """What more the target is asked for, if an error, calls or money were named."""
+    s = run.settings
+    if s.attribution_error is None and s.attribution_calls is None and s.attribution_money is None:
+        return None
+    if run.wide is None or design.exact:
+        run.notes.append(
+            "attribution_error, attribution_calls and attribution_money buy no further coalitions here: there is no design"
+            " that goes on (calibrate = false, another explainer, or all coalitions are asked)."
+        )
+        return None
+    price = None
+    if s.attribution_money is not None:
+        if run.target_price is None:
+            raise InputError(
+                f"attribution_money is set, and {run.target.backend.name} has no price.",
+                hint="Give the price ([price] input_per_million), or use attribution_calls.",
+            )
+        tokens = float(values.prompt_tokens[values.prompt_tokens > 0].mean())
+        price = float(bill_call(Call(tokens), run.target_price.at(tokens) or run.target_price.rates).total)
+    return allocate(
+        first,
+        n_queries=n_queries,
+        largest=run.wide.n_coalitions,
+        standard_error=s.attribution_error,
+        calls=s.attribution_calls,
+        money=s.attribution_money,
+        call_price=price,
+    )
+
+
+def _longer(run: Run, design: Design, n_target: int) -> Design:
+    """The design of so many coalitions that begins with this one; the same draw, cut off later."""
+    assert run.wide is not None
+    budgets = (design.n_coalitions, min(n_target, run.wide.n_coalitions), run.wide.n_coalitions)
+    return nested_designs(run.explainer, design.n_units, budgets, rng=run.rng(1))[1]
+
+
+def _bought(more: Allocation, wanted: float | None) -> str:
+    text = (
+        f" After a first fit {more.calls} further target calls were bought, {more.n_target} coalitions a query, for an"
+        f" expected median standard error of {more.standard_error:.3g}"
+    )
+    if wanted is None:
+        return text + f" (all that the limit on {more.limited_by} allows)."
+    limit = "" if more.limited_by == "nothing" else f", which the limit ({more.limited_by}) keeps it from"
+    return text + f"; wanted: {wanted:g}{limit}."
 
 
 def _calibrate(

@@ -13,6 +13,7 @@ from ._query_use import query_key
 from .attribution.base import Design, Explainer
 from .data import Splits
 from .metering import Meter
+from .prices import Price
 from .prompt import FewShotPrompt, Query
 from .settings import Settings
 from .task import Task
@@ -65,6 +66,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     wide: Design | None = None
+    target_price: Price | None = None
     asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

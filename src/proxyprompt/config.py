@@ -93,7 +93,9 @@ _SECTIONS: dict[str, frozenset[str]] = {
             "judge_coalitions",
         }
     ),
-    "attribution": frozenset({"explainer", "proxy_coalitions", "calibrate", "oracle_queries"}),
+    "attribution": frozenset(
+        {"explainer", "proxy_coalitions", "calibrate", "oracle_queries", "error", "calls", "money"}
+    ),
     "clean": frozenset(
         {
             "enabled",
@@ -145,6 +147,7 @@ _RENAMED = {
     ("screening", "tau"): "screening_tau",
     ("screening", "delta"): "screening_delta",
     ("screening", "ensemble"): "screening_ensemble",
+    **{("attribution", key): f"attribution_{key}" for key in ("error", "calls", "money")},
     ("screening", "block"): "screening_block",
     ("clean", "enabled"): "clean",
     ("clean", "level"): "clean_level",

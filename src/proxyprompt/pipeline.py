@@ -255,6 +255,7 @@ def prepare_run(
         explainer=_EXPLAINERS[settings.explainer](),
         watch=watch,
         notes=list(notes),
+        target_price=pricing.target if isinstance(pricing.target, Price) else None,
     )
     return run, key, pricing
 

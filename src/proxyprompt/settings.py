@@ -49,6 +49,12 @@ class Settings:
         Coalitions of an accepted proxy's attribution. Default: twice as many as screening fits on.
     calibrate : bool
         Whether proxies that were not accepted may still make the target's own attributions more precise.
+    attribution_error : float or None
+        Wanted median standard error (coalitions' part, in units of the value function) of the target's own attributions,
+        where the target explains: more coalitions are bought until it is expected, up to those the proxies are asked.
+    attribution_calls, attribution_money : int, float or None
+        Most that these further coalitions may take, in target calls and in money (which needs a price); without
+        ``attribution_error`` they are spent.
     oracle_queries : int or None
         Queries of the target's own attribution when no proxy is accepted. Default: all that screening
         bought, and at least 30 if there are so many.
@@ -143,6 +149,9 @@ class Settings:
     judge_coalitions: int = 24
     proxy_coalitions: int | None = None
     calibrate: bool = True
+    attribution_error: float | None = None
+    attribution_calls: int | None = None
+    attribution_money: float | None = None
     oracle_queries: int | None = None
     clean: bool = True
     clean_level: float = 0.05
@@ -236,6 +245,11 @@ class Settings:
                 _count(name, getattr(self, name), 0 if name == "max_demonstrations" else 1)
         if not isinstance(self.calibrate, bool):
             raise InputError(f"calibrate: got {self.calibrate!r}; true or false.")
+        if self.attribution_error is not None:
+            _number("attribution_error", self.attribution_error, 0.0, 1e9, "(0, 1e9)")
+        if self.attribution_calls is not None:
+            _count("attribution_calls", self.attribution_calls, 0)
+        _amount("attribution_money", self.attribution_money, 1e9, "an amount, 0 or more")
         if not isinstance(self.screening_ensemble, bool):
             raise InputError(f"screening_ensemble: got {self.screening_ensemble!r}; true or false.")
         if not isinstance(self.keep_labels, bool):

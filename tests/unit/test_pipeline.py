@@ -16,7 +16,7 @@ from proxyprompt.attribution import WeightedBanzhaf
 from proxyprompt.backends.base import ScoreRequest
 from proxyprompt.backends.scripted import ScriptedBackend
 from proxyprompt.data import Splits
-from proxyprompt.errors import BackendError, BudgetExceededError, DataError
+from proxyprompt.errors import BackendError, BudgetExceededError, DataError, InputError
 from proxyprompt.pipeline import Result, _price_of, optimize_prompt
 from proxyprompt.prices import FREE, Price, Rates, Unpriced
 from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
@@ -383,3 +383,49 @@ def test_every_candidate_shows_what_it_bought_and_the_ratio_its_terms(tmp_path: 
     for text in (render_html(summary), render_markdown(summary)):
         assert "Target values bought for it" in text
         assert "Term of the ratio" in text
+
+
+def test_more_coalitions_are_bought_for_a_wanted_error_within_calls(tmp_path: Path) -> None:
+    """The refused proxy's design goes on where the target's ends; what was bought is used again."""
+    base = {
+        "fit_coalitions": 64,
+        "proxy_coalitions": 128,
+        "max_pairs": 20,
+        "oracle_queries": 20,
+        "clean": False,
+    }
+    plain = run(
+        tmp_path,
+        Model("target"),
+        Model("contrary", sign=-1.0),
+        splits=splits(30, 20, 30),
+        settings=Settings(**base),
+    )
+    assert plain.explanation.attribution.n_coalitions == 64
+    settings = Settings(**base, attribution_error=1e-6, attribution_calls=20 * 30)
+    more = run(
+        tmp_path, Model("target"), Model("contrary", sign=-1.0), splits=splits(30, 20, 30), settings=settings
+    )
+    assert more.explanation.design is not None
+    assert more.explanation.design.n_coalitions == 94
+    assert (more.explanation.design.coalitions[:64] == plain.explanation.design.coalitions).all()  # type: ignore[union-attr]
+    assert "600 further target calls" in more.explanation.why
+    assert "the limit (calls)" in more.explanation.why
+    spent = next(r for r in more.spent if r["stage"] == "attribute" and r["role"] == "target")
+    assert spent["bought_now"] == 600
+    with pytest.raises(InputError, match="attribution_money is set, and target has no price"):
+        run(
+            tmp_path,
+            Model("target"),
+            Model("contrary", sign=-1.0),
+            splits=splits(30, 20, 30),
+            settings=Settings(**base, attribution_money=1.0),
+        )
+    priced = Settings(
+        **base, attribution_money=0.01, price_input_per_million=1.0, price_output_per_million=1.0
+    )
+    bought = run(
+        tmp_path, Model("target"), Model("contrary", sign=-1.0), splits=splits(30, 20, 30), settings=priced
+    ).explanation
+    assert bought.attribution.n_coalitions > 64
+    assert "the limit on money allows" in bought.why
