@@ -13,9 +13,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+from .backends._openai_labels import UnreadableAnswerError, read_labels, read_texts
+from .backends._openai_wire import logprob_path
 from .backends.base import (
     GenerateRequest,
     GenerateResult,
@@ -24,11 +26,21 @@ from .backends.base import (
     Rendered,
     ScoreRequest,
     ScoreResult,
+    Usage,
 )
 from .errors import InputError
 from .prompt import FewShotPrompt, Query
 
-__all__ = ["Call", "ProgramBackend", "ProgramPrompt", "Renderings", "ScoringProgramBackend"]
+__all__ = [
+    "Call",
+    "ProgramBackend",
+    "ProgramPrompt",
+    "Renderings",
+    "ScoringProgramBackend",
+    "run_blocks",
+    "score_from_logprobs",
+    "score_from_text",
+]
 
 R = TypeVar("R", ScoreResult, GenerateResult)
 
@@ -138,49 +150,48 @@ class ProgramPrompt(FewShotPrompt):
         return self.renderings.render(Call(kept, query))
 
 
-class _Runner(Generic[R]):
-    """Runs calls in threads, a bounded number at a time; hands over what is finished."""
+def run_blocks(
+    concurrency: int, n: int, run: Callable[[int], R], on_send: OnSend | None, on_tokens: OnTokens | None
+) -> Iterator[Sequence[tuple[int, R]]]:
+    """Run ``run(0), ..., run(n - 1)`` in threads, at most ``concurrency`` at a time, and yield what is finished.
 
-    def __init__(self, concurrency: int) -> None:
-        self.concurrency = concurrency
-
-    def blocks(
-        self, n: int, run: Callable[[int], R], on_send: OnSend | None, on_tokens: OnTokens | None
-    ) -> Iterator[Sequence[tuple[int, R]]]:
-        todo = iter(range(n))
-        flying: dict[Future[R], int] = {}
-        failure: BaseException | None = None
-        pool = ThreadPoolExecutor(max_workers=self.concurrency, thread_name_prefix="proxyprompt-program")
-        try:
-            while True:
-                while failure is None and len(flying) < self.concurrency:
-                    index = next(todo, None)
-                    if index is None:
-                        break
-                    try:
-                        if on_send is not None:
-                            on_send([index])
-                    except Exception as error:  # what is in flight is paid: deliver it, then raise
-                        failure = error
-                        break
-                    flying[pool.submit(run, index)] = index
-                if not flying:
+    Each index is announced to ``on_send`` before it runs, and nothing new is begun while the caller holds a block. After a
+    failure what is under way is still delivered; then the first exception is raised.
+    """
+    todo = iter(range(n))
+    flying: dict[Future[R], int] = {}
+    failure: BaseException | None = None
+    pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="proxyprompt-program")
+    try:
+        while True:
+            while failure is None and len(flying) < concurrency:
+                index = next(todo, None)
+                if index is None:
                     break
-                block: list[tuple[int, R]] = []
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    index = flying.pop(future)
-                    try:
-                        block.append((index, future.result()))
-                    except Exception as error:
-                        failure = failure or error
-                if block:
-                    if on_tokens is not None:
-                        on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
-                    yield block
-            if failure is not None:
-                raise failure
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+                try:
+                    if on_send is not None:
+                        on_send([index])
+                except Exception as error:  # what is in flight is paid: deliver it, then raise
+                    failure = error
+                    break
+                flying[pool.submit(run, index)] = index
+            if not flying:
+                break
+            block: list[tuple[int, R]] = []
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                index = flying.pop(future)
+                try:
+                    block.append((index, future.result()))
+                except Exception as error:
+                    failure = failure or error
+            if block:
+                if on_tokens is not None:
+                    on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in block))
+                yield block
+        if failure is not None:
+            raise failure
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ProgramBackend:
@@ -236,8 +247,11 @@ class ProgramBackend:
     ) -> Iterator[Sequence[tuple[int, GenerateResult]]]:
         """Run the program once a request; blocks come as runs finish."""
         calls = [self._renderings.call(request.prompt) for request in requests]
-        run = _Runner[GenerateResult](self._concurrency)
-        return run.blocks(len(calls), lambda i: self._generate(calls[i], requests[i]), on_send, on_tokens)
+
+        def run(index: int) -> GenerateResult:
+            return self._generate(calls[index], requests[index])
+
+        return run_blocks(self._concurrency, len(calls), run, on_send, on_tokens)
 
 
 class ScoringProgramBackend(ProgramBackend):
@@ -272,5 +286,79 @@ class ScoringProgramBackend(ProgramBackend):
     ) -> Iterator[Sequence[tuple[int, ScoreResult]]]:
         """Run the program once a request; blocks come as runs finish."""
         calls = [self._renderings.call(request.prompt) for request in requests]
-        run = _Runner[ScoreResult](self._concurrency)
-        return run.blocks(len(calls), lambda i: self._score(calls[i], requests[i]), on_send, on_tokens)
+
+        def run(index: int) -> ScoreResult:
+            return self._score(calls[index], requests[index])
+
+        return run_blocks(self._concurrency, len(calls), run, on_send, on_tokens)
+
+
+def score_from_logprobs(
+    logprobs: object,
+    candidates: Sequence[str],
+    *,
+    usage: Usage | None = None,
+    model_returned: str | None = None,
+) -> ScoreResult | None:
+    """Read the labels' log-probabilities from what the OpenAI interface calls ``logprobs``.
+
+    Parameters
+    ----------
+    logprobs : object
+        The JSON value of a choice's ``logprobs``, in any server's dialect.
+    candidates : sequence of str
+    usage : Usage, optional
+    model_returned : str, optional
+
+    Returns
+    -------
+    ScoreResult or None
+        With ``error`` where labels cannot be told apart; ``None`` where the server sent no log-probabilities at all.
+        The rules are those of :class:`~proxyprompt.backends.openai.OpenAIBackend`.
+    """
+    path = logprob_path(logprobs)
+    if path is None:
+        return None
+    return _read(lambda: read_labels(path, candidates), candidates, usage, model_returned)
+
+
+def score_from_text(
+    text: str | None,
+    candidates: Sequence[str],
+    *,
+    usage: Usage | None = None,
+    model_returned: str | None = None,
+) -> ScoreResult:
+    """The label that a text begins with: the longest, whole words, any case.
+
+    Returns
+    -------
+    ScoreResult
+        Label-only; with ``error`` if the text begins with no label.
+
+    Examples
+    --------
+    >>> score_from_text("Yes, it is.", ("yes", "no")).logprobs
+    (0.0, None)
+    """
+
+    def read() -> tuple[tuple[float | None, ...], tuple[bool, ...]]:
+        return read_texts([text], candidates)[0]
+
+    result = _read(read, candidates, usage, model_returned)
+    return result if result.error else replace(result, evidence="texts", samples=1)
+
+
+def _read(
+    read: Callable[[], tuple[tuple[float | None, ...], tuple[bool, ...]]],
+    candidates: Sequence[str],
+    usage: Usage | None,
+    model: str | None,
+) -> ScoreResult:
+    paid = usage or Usage()
+    try:
+        values, censored = read()
+    except UnreadableAnswerError as error:
+        none = (None,) * len(candidates)
+        return ScoreResult(none, (False,) * len(candidates), paid, str(error), model)
+    return ScoreResult(values, censored, paid, model_returned=model)

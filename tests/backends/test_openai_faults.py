@@ -301,42 +301,6 @@ class TestFaults:
         assert (len(server.requests), result.uncertain) == (1, 1)
         assert time.perf_counter() - started < 0.6
 
-    @pytest.mark.parametrize("own", [False, True])
-    def test_an_answer_that_drips_is_not_waited_for(self, own: bool) -> None:
-        done = threading.Event()
-
-        class Dripping(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["content-length"]))
-                self.send_response(200)
-                self.send_header("content-length", "100000")
-                self.end_headers()
-                while not done.wait(0.05):
-                    try:
-                        self.wfile.write(b" ")
-                    except OSError:
-                        return
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as http:
-            thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-            thread.start()
-            url = f"http://127.0.0.1:{http.server_port}/v1"
-            client = openai.OpenAI(base_url=url, api_key="k", timeout=0.3) if own else None
-            where = {"client": client} if own else {"base_url": url, "timeout": 0.3}
-            try:
-                model = OpenAIBackend("m", paid_retries=0, **where)  # type: ignore[arg-type]
-                [result] = in_order(model.score([ScoreRequest("p", LABELS)]), 1)
-            finally:
-                done.set()
-                http.shutdown()
-                thread.join()
-        if client is not None:
-            client.close()
-        assert (result.error, result.uncertain) == ("no answer within the time limit after 1 try", 1)
-
     def test_no_server(self, pauses: list[float]) -> None:
         with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http:
             url = f"http://127.0.0.1:{http.server_port}/v1"

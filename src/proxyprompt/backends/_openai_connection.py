@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import math
 import os
 import random
 import threading
@@ -32,9 +31,6 @@ _FIRST_PAUSE_OF_LOAD = 2.0
 """After 429 and 529: five pauses that double from here outlast a window of a minute, in which most limits are counted."""
 
 _LONGEST_PAUSE = 60.0
-_DRIP = 2.0
-"""An answer that has begun within the time limit may take as long again."""
-
 _GIVE_UP_AFTER = 5
 """Calls in a row that fail for load or connection after all their tries: the server is down, not the request odd."""
 
@@ -176,15 +172,6 @@ class Connection:
             weakref.finalize(self, self._loop.close, owned)
 
     @property
-    def _limit(self) -> float:
-        """Seconds without an answer after which the client gives up."""
-        if self._given is None:
-            return self._timeout
-        own = getattr(self._client, "timeout", None)
-        seconds = getattr(own, "read", own)
-        return float(seconds) if isinstance(seconds, int | float) else math.inf
-
-    @property
     def has_decisions(self) -> bool:
         """Whether the SDK knows the decisions endpoint."""
         return hasattr(self._client, "decisions")
@@ -233,8 +220,6 @@ class Connection:
                 pause, billed, reason = self._after_status(error, body, kind, sent_at)
             except self._sdk.APIConnectionError as error:
                 pause, billed, reason = self._after_connection(error)
-            except TimeoutError:
-                pause, billed, reason = None, True, "no answer within the time limit"
             except RuntimeError as error:
                 raise self._foreign_loop(error) from error
             except self._sdk.OpenAIError as error:
@@ -313,11 +298,9 @@ class Connection:
         # An authorization header must not follow a redirection to somewhere else.
         options: dict[str, Any] = {"follow_redirects": False, "max_retries": 0}
         arguments = {"body": dict(body), "cast_to": self._response, "options": options}
-        # The HTTP library's limit starts anew with every byte: an answer that drips would never end.
-        async with asyncio.timeout(None if self._limit == math.inf else _DRIP * self._limit):
-            if isinstance(self._client, self._sdk.AsyncOpenAI):
-                return await self._client.post(path, **arguments)
-            return await self.in_thread(lambda: self._client.post(path, **arguments))
+        if isinstance(self._client, self._sdk.AsyncOpenAI):
+            return await self._client.post(path, **arguments)
+        return await self.in_thread(lambda: self._client.post(path, **arguments))
 
     async def _rest(self, pause: float, call: Call) -> None:
         """Wait, and wait on while everything is held back; a stopped run wakes up at once."""

@@ -124,7 +124,7 @@ def _choice(choice: Mapping[str, Any], endpoint: Endpoint) -> Choice:
     return Choice(
         text=text if isinstance(text, str) else None,
         finish=finish if isinstance(finish, str) else None,
-        path=_path(choice.get("logprobs")),
+        path=logprob_path(choice.get("logprobs")),
     )
 
 
@@ -149,7 +149,7 @@ def read_decision_answer(body: Mapping[str, Any]) -> tuple[dict[str, object], Us
 # --- log-probabilities --------------------------------------------------------------------------------
 
 
-def _path(logprobs: object) -> tuple[Position, ...] | None:
+def logprob_path(logprobs: object) -> tuple[Position, ...] | None:
     """The positions of an answer, whichever dialect they are in."""
     if not isinstance(logprobs, dict):
         return None
