@@ -353,6 +353,7 @@ class Connection:
     def _gave_up(self, reason: str) -> Exception:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _GIVE_UP_AFTER:
+            self._failed_in_a_row = 0  # whoever asks again gets the same patience
             return RetryableBackendError(
                 f"{self.model!r} at {self.public_url}: {_GIVE_UP_AFTER} requests in a row got no answer; "
                 f"the last: {reason}.",
