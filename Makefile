@@ -26,10 +26,12 @@ test-core: $(VENV)/.dev
 faults: $(VENV)/.dev
 	$(BIN)/python benchmarks/faults/run.py
 
-# LangChain and DSPy, with the newest releases that resolve together and with the oldest allowed ones.
+# LangChain, DSPy and the OpenAI client, with the newest releases that resolve together and with the oldest allowed ones.
 test-integrations: $(NEWEST)/.done $(OLDEST)/.done
 	$(NEWEST)/bin/python -m pytest -c integrations/pytest.ini integrations
 	$(OLDEST)/bin/python -m pytest -c integrations/pytest.ini integrations
+	$(NEWEST)/bin/python -m pytest -c integrations/pytest.ini tests/backends/test_openai_client.py
+	$(OLDEST)/bin/python -m pytest -c integrations/pytest.ini tests/backends/test_openai_client.py
 
 # Each wheel alone, in an environment of its own.
 test-wheels: $(NEWEST)/.done
