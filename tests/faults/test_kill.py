@@ -73,16 +73,21 @@ def test_torn_writes(shop: Workshop, memory: Path, tally: Counter[str], long: bo
     """
     rng = random.Random(11)
     last = 3 * BLOCK
-    for commit in range(2, 9):
-        sizes = {}
+    real = 0
+    for commit in range(2, 20):
+        sizes: dict[str, int] = {}
         for moment in ("before", "after"):
             folder = memory / f"{commit}-{moment}"
             child = shop.start(
                 folder / "l.db", folder / "notes", 0, last, when=commit, only=f"{moment} COMMIT"
             )
-            assert child.wait() == -signal.SIGKILL
-            sizes[moment] = (folder / "l.db-wal").stat().st_size
-        assert sizes["before"] < sizes["after"], "no such commit"
+            if child.wait() == -signal.SIGKILL:
+                sizes[moment] = (folder / "l.db-wal").stat().st_size
+        if not sizes:
+            break
+        if sizes["before"] == sizes["after"]:
+            continue  # it had nothing to write
+        real += 1
         for trial in range(40 if long else 4):
             torn = memory / f"{commit}-torn"
             shutil.copytree(memory / f"{commit}-after", torn)
@@ -95,6 +100,7 @@ def test_torn_writes(shop: Workshop, memory: Path, tally: Counter[str], long: bo
             tally["torn commits"] += 1
             _after_kill(shop, torn, last, 1)
             shutil.rmtree(torn)
+    assert real >= 4
 
 
 def test_killed_before_the_file_was_closed(shop: Workshop, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ the child hands ``sqlite3.connect`` a connection class of its own and wraps a fe
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import os
@@ -266,6 +267,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    codecs.lookup("ascii")  # read from disk at first use, where a child without rights may not look
     for module in sys.argv[1:]:
         importlib.import_module(module)
     main()
