@@ -394,6 +394,7 @@ class FaultProxy:
         self._upstream_lock = threading.Lock()
         self._memory: dict[str, tuple[int, bytes]] = {}
         self._arrivals: Counter[str] = Counter()
+        self._connections: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self._port = 0
 
@@ -409,12 +410,16 @@ class FaultProxy:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def hang_up(self) -> None:
-        """Refuse connections until :meth:`listen` is called."""
+        """Refuse connections until :meth:`listen` is called, and end those that are open."""
         listener, self._listener = self._listener, None
         if listener is not None:
             # Closing alone would leave accept() waiting on the old socket.
             listener.shutdown(socket.SHUT_RDWR)
             listener.close()
+        with self._lock:
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -425,11 +430,15 @@ class FaultProxy:
             threading.Thread(target=self._serve, args=(connection, address), daemon=True).start()
 
     def _serve(self, connection: socket.socket, address: Any) -> None:
+        with self._lock:
+            self._connections.add(connection)
         with connection:
             connection.settimeout(HOLD)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with suppress(OSError):  # the client is gone
                 _Handler(connection, address, self)  # type: ignore[arg-type]
+            with self._lock:
+                self._connections.discard(connection)
 
     def ask(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
         """The real server's answer, computed once per distinct request."""

@@ -32,6 +32,8 @@ from ._openai_wire import (
 )
 from .base import Evidence, GenerateRequest, GenerateResult, Rendered, ScoreRequest, ScoreResult, Usage
 
+_WITHHELD = "the answer was withheld (finish_reason 'content_filter')"
+
 
 @dataclass
 class Traits:
@@ -250,6 +252,8 @@ class Asker:
             raise NoLogprobsError(str(error)) from None
         if answer.first.path is not None:
             return answer
+        if answer.first.finish == "content_filter":
+            raise UnreadableAnswerError(_WITHHELD)
         if known:
             # Its text is not used: values on two scales must not be mixed in one experiment.
             raise UnreadableAnswerError("no log-probabilities this time, unlike before")
@@ -385,6 +389,8 @@ def read_score(
     try:
         if evidence == "logprobs":
             if answer.first.path is None:
+                if answer.first.finish == "content_filter":
+                    raise UnreadableAnswerError(_WITHHELD)
                 raise UnreadableAnswerError("no log-probabilities this time, unlike before")
             values, samples = read_labels(answer.first.path, request.candidates), 0
         else:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
 from ._openai_address import check_address, check_lookup, credentials, one_line, public_url, redact
 from ._openai_faults import classify, read_allowance, retry_after
+from ._openai_mixups import Answered
 from ._openai_pace import Pace
 from ._openai_wire import PATHS, read_body
 from .base import Usage
@@ -31,6 +32,9 @@ _FIRST_PAUSE_OF_LOAD = 2.0
 """After 429 and 529: five pauses that double from here outlast a window of a minute, in which most limits are counted."""
 
 _LONGEST_PAUSE = 60.0
+_WHOLE_ANSWER = 2.0
+"""The client's time limit starts anew with every byte; in so many of them the whole answer must be there."""
+
 _GIVE_UP_AFTER = 5
 """Calls in a row that fail for load or connection after all their tries: the server is down, not the request odd."""
 
@@ -136,6 +140,8 @@ class Connection:
         self._client: Any = None
         self._response: Any = None
         self._loop: _Loop | None = None
+        self._answered = Answered()
+        self._owned: list[Any] = []
         self._pid = 0
 
     # -- opening and closing
@@ -156,20 +162,25 @@ class Connection:
             check_lookup(self._url)
             self._response = _response_class(self._sdk)
             if self._given is None:
-                self._client = self._sdk.AsyncOpenAI(
-                    api_key=key,
-                    base_url=self._url,
-                    timeout=self._timeout,
-                    max_retries=0,
-                    http_client=self._sdk.DefaultAsyncHttpxClient(follow_redirects=False),
-                )
+                self._owned = []
+                self._client = self._new_client(key)
             else:
                 self._client = self._given.with_options(max_retries=0)
             # After a fork the parent's loop does not run here, and its sockets are the parent's.
             self._loop = _Loop(self._concurrency)
             self._pid = os.getpid()
-            owned = self._client if self._given is None else None
-            weakref.finalize(self, self._loop.close, owned)
+            weakref.finalize(self, self._loop.close, self._owned)
+
+    def _new_client(self, key: str) -> Any:
+        client = self._sdk.AsyncOpenAI(
+            api_key=key,
+            base_url=self._url,
+            timeout=self._timeout,
+            max_retries=0,
+            http_client=self._sdk.DefaultAsyncHttpxClient(follow_redirects=False),
+        )
+        self._owned.append(client)
+        return client
 
     @property
     def has_decisions(self) -> bool:
@@ -220,6 +231,8 @@ class Connection:
                 pause, billed, reason = self._after_status(error, body, kind, sent_at)
             except self._sdk.APIConnectionError as error:
                 pause, billed, reason = self._after_connection(error)
+            except TimeoutError:
+                pause, billed, reason = None, True, "no answer within the time limit"
             except RuntimeError as error:
                 raise self._foreign_loop(error) from error
             except self._sdk.OpenAIError as error:
@@ -227,7 +240,10 @@ class Connection:
             else:
                 self._failed_in_a_row = 0
                 self.pace.succeeded(read_allowance(response.headers))
-                return read_body(response.content)
+                answer = read_body(response.content)
+                if not self._answered.is_foreign(answer.get("id"), body):
+                    return answer
+                pause, billed, reason = self._after_mix_up()
             if billed:
                 lost += 1
                 call.uncertain += 1
@@ -298,9 +314,18 @@ class Connection:
         # An authorization header must not follow a redirection to somewhere else.
         options: dict[str, Any] = {"follow_redirects": False, "max_retries": 0}
         arguments = {"body": dict(body), "cast_to": self._response, "options": options}
-        if isinstance(self._client, self._sdk.AsyncOpenAI):
-            return await self._client.post(path, **arguments)
-        return await self.in_thread(lambda: self._client.post(path, **arguments))
+        async with asyncio.timeout(self._time_limit()):
+            if isinstance(self._client, self._sdk.AsyncOpenAI):
+                return await self._client.post(path, **arguments)
+            return await self.in_thread(lambda: self._client.post(path, **arguments))
+
+    def _time_limit(self) -> float | None:
+        """Seconds for a whole answer; ``None`` for a client of the user's that has no limit."""
+        if self._given is None:
+            return _WHOLE_ANSWER * self._timeout
+        limit = getattr(self._client, "timeout", None)
+        seconds = getattr(limit, "read", limit)
+        return _WHOLE_ANSWER * seconds if isinstance(seconds, int | float) else None
 
     async def _rest(self, pause: float, call: Call) -> None:
         """Wait, and wait on while everything is held back; a stopped run wakes up at once."""
@@ -350,6 +375,16 @@ class Connection:
             return None, True, "no answer within the time limit"
         return None, True, f"the connection to {self.public_url} broke ({cause})"
 
+    def _after_mix_up(self) -> tuple[float | None, bool, str]:
+        """New connections: the answer that was waited for may still come on the old one."""
+        if self._given is not None:
+            raise BackendError(
+                f"{self.model!r} at {self.public_url}: an answer to another request was delivered again.",
+                hint="Something between here and the model repeats responses. Run again with a fresh client.",
+            )
+        self._client = self._new_client(self._client.api_key)
+        return 0.0, True, "an answer to another request was delivered again"
+
     def _gave_up(self, reason: str) -> Exception:
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= _GIVE_UP_AFTER:
@@ -395,11 +430,11 @@ class _Loop:
         self._pid = os.getpid()
         self._thread.start()
 
-    def close(self, client: Any = None) -> None:
-        """Cancel what is under way, close ``client`` and stop."""
+    def close(self, clients: Sequence[Any] = ()) -> None:
+        """Cancel what is under way, close ``clients`` and stop."""
         if self.loop.is_closed() or self._pid != os.getpid():
             return
-        asyncio.run_coroutine_threadsafe(_wind_up(client), self.loop)
+        asyncio.run_coroutine_threadsafe(_wind_up(clients), self.loop)
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
         self.threads.shutdown(wait=False, cancel_futures=True)
@@ -413,14 +448,14 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-async def _wind_up(client: Any) -> None:
+async def _wind_up(clients: Sequence[Any]) -> None:
     loop, own = asyncio.get_running_loop(), asyncio.current_task()
     tasks = [task for task in asyncio.all_tasks(loop) if task is not own]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     try:
-        if client is not None:
+        for client in clients:
             await client.close()
     finally:
         loop.call_soon(loop.stop)

@@ -219,7 +219,7 @@ def _spelling(entry: Mapping[str, Any]) -> bytes | None:
 
 
 def read_usage(usage: object) -> Usage:
-    """Token counts as the server states them; what is absent or odd counts as 0."""
+    """Token counts as the server states them; all 0, "not known", where it states no usable count for the prompt."""
 
     def count(holder: object, *keys: str) -> int:
         for key in keys:
@@ -234,6 +234,9 @@ def read_usage(usage: object) -> Usage:
     taken = part("prompt_tokens_details", "input_tokens_details")
     made = part("completion_tokens_details", "output_tokens_details")
     prompt = count(usage, "prompt_tokens", "input_tokens")
+    if not prompt:
+        # The rest alone would pass for the whole, and the call for one that cost next to nothing.
+        return Usage()
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=count(usage, "completion_tokens", "output_tokens"),

@@ -1,0 +1,37 @@
+"""Answers that belong to another request.
+
+Where a server or a proxy delivers one HTTP response twice, the surplus copy stays in the connection's buffer, and the
+HTTP library hands it out as the response to the next request. Only the answer's ``id`` gives it away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+_MOST = 20_000
+"""Answers remembered; a surplus copy comes at once or never."""
+
+
+class Answered:
+    """Remembers which request each answer belonged to."""
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[str, bytes] = OrderedDict()
+
+    def is_foreign(self, name: object, body: Mapping[str, Any]) -> bool:
+        """Whether the answer called ``name`` has answered another body before.
+
+        The same answer to the same body is no mix-up: caches of servers do that. Without an ``id`` nothing can be told.
+        """
+        if not isinstance(name, str) or not name:
+            return False
+        text = json.dumps(body, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        known = self._requests.setdefault(name, digest)
+        if len(self._requests) > _MOST:
+            self._requests.popitem(last=False)
+        return known != digest
