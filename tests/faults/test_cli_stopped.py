@@ -97,7 +97,7 @@ def test_stopped_and_resumed(proxy: FaultProxy, tmp_path: Path, tally: Counter[s
     calls = len(proxy.bill)
     rng = random.Random(4)
     signs = [signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP]
-    for round_ in range(20 if long else 1):
+    for round_ in range(8 if long else 1):
         out, stops = tmp_path / f"out-{round_}", 0
         proxy.bill.clear()
         for sign in rng.sample(signs, 4):
