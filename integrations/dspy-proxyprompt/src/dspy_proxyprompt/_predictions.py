@@ -14,6 +14,7 @@ from typing import Any
 
 import dspy
 import pydantic
+
 from proxyprompt.errors import InputError, ProxyPromptError
 
 from ._program import plain
@@ -54,7 +55,9 @@ class Codec:
         fields, types = {}, {}
         for name, value in prediction.items():
             written = json.loads(json.dumps(plain(value)))
-            kind = next((k for k in range(-1, len(self._of(name))) if self._same(name, k, written, value)), None)
+            kind = next(
+                (k for k in range(-1, len(self._of(name))) if self._same(name, k, written, value)), None
+            )
             if kind is None:
                 raise InputError(
                     f"student: the field {name!r} of the prediction, a {type(value).__name__}, does not come back"

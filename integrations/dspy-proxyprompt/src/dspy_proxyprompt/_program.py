@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import dspy
-from dspy.primitives.base_module import BaseModule
-from proxyprompt.errors import InputError
 from pydantic_core import to_jsonable_python
+
+from proxyprompt.errors import InputError
 
 __all__ = [
     "Predictor",
@@ -44,15 +44,7 @@ _PUBLIC_APIS = {
     "deepseek": "https://api.deepseek.com",
 }
 _SECRET = ("key", "secret", "password", "authorization", "credential", "header", "token")
-_NO_PUBLIC_APIS = {
-    "openai": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com",
-    "gemini": "https://generativelanguage.googleapis.com",
-    "mistral": "https://api.mistral.ai/v1",
-    "groq": "https://api.groq.com/openai/v1",
-    "deepseek": "https://api.deepseek.com",
-}
-_SECRET = ("max_tokens", "max_completion_tokens", "max_output_tokens", "tokenizer")
+_NO_SECRET = ("max_tokens", "max_completion_tokens", "max_output_tokens", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -90,9 +82,7 @@ def predictors(program: Any) -> list[Predictor]:
     for index, (name, predictor) in enumerate(_all(program)):
         path = seen.get(id(predictor), name.removeprefix("self."))
         found.append(
-            Predictor(
-                path, index, tuple(predictor.demos), id(predictor) not in seen, predictor.signature
-            )
+            Predictor(path, index, tuple(predictor.demos), id(predictor) not in seen, predictor.signature)
         )
     return found
 

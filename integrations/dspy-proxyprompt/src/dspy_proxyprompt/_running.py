@@ -12,6 +12,7 @@ from typing import Any
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.usage_tracker import UsageTracker
+
 from proxyprompt.backends.base import GenerateRequest, GenerateResult, Message, Rendered, Usage
 from proxyprompt.errors import BackendError, ProxyPromptError
 from proxyprompt.program import Call, ProgramBackend, Renderings
@@ -25,14 +26,13 @@ from ._program import (
     fresh_adapter,
     fresh_lm,
     lm_identity,
-    parts,
     plain,
     predictors,
     replace_demos,
     structure,
 )
 
-__all__ = ["Counts", "Students"]
+__all__ = ["Counts", "Students", "dropped_demos", "incomplete_demos"]
 
 
 class Counts:
@@ -142,13 +142,15 @@ class Students:
         """The program with its own language models."""
         held = self._target_held()
         lms = [lm for _, name, lm in held if name == "lm"]
-        return self._backend(lms[0], held, default=self._configured, role="target")
+        return self._backend(lms[0], held, default=self._configured)
 
-    def proxy(self, lm: Any) -> ProgramBackend:
+    def proxy(self, lm: Any, *, name: str | None = None) -> ProgramBackend:
         """The program with another model in every predictor."""
-        return self._backend(lm, self._template.holding(default=lm, everywhere=lm), default=lm, role="proxy")
+        return self._backend(lm, self._template.holding(default=lm, everywhere=lm), default=lm, name=name)
 
-    def _backend(self, lm: Any, held: list[tuple[int, str, Any]], *, default: Any, role: str) -> ProgramBackend:
+    def _backend(
+        self, lm: Any, held: list[tuple[int, str, Any]], *, default: Any, name: str | None = None
+    ) -> ProgramBackend:
         modules = self._structure["modules"]
         identity = {
             "provider": "dspy",
@@ -160,9 +162,9 @@ class Students:
             "adapter": adapter_identity(self._adapter),
         }
         runner = _Runner(self, held, fresh_lm(default) if default is not None else None)
-        name = f"dspy:{modules[0]['class'].rpartition('.')[2]}@{lm.model}"
+        shown = f"dspy:{modules[0]['class'].rpartition('.')[2]}@{lm.model}"
         return ProgramBackend(
-            name,
+            name or shown,
             identity,
             self.renderings,
             generate=runner.generate,
@@ -201,7 +203,9 @@ class _Runner:
             usage = self._usage(tracker)
             s.counts.add("unparsed")
             if s._unparsable == "missing":
-                return GenerateResult(None, usage, error=f"the adapter could not parse the answer: {_short(error)}")
+                return GenerateResult(
+                    None, usage, error=f"the adapter could not parse the answer: {_short(error)}"
+                )
             return GenerateResult(unparsed(type(error).__name__), usage)
         except ProxyPromptError:
             raise
@@ -289,8 +293,3 @@ def incomplete_demos(predictor: Predictor) -> list[bool]:
     return [
         not all(demo.get(name) is not None for name in predictor.signature.fields) for demo in predictor.demos
     ]
-
-
-def program_size(program: Any) -> int:
-    """Number of sub-modules."""
-    return len(parts(program))
