@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dspy
+from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.usage_tracker import UsageTracker
 
@@ -64,6 +65,27 @@ class _SharedTracker(UsageTracker):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: Any) -> _SharedTracker:
         return self
+
+
+class _Outages(BaseCallback):  # type: ignore[misc]
+    """Notices calls that failed inside a run, whatever adapter or program made of it.
+
+    DSPy 3.0's ChatAdapter answers any failure, an outage too, with another prompt (JSONAdapter): what comes of that is
+    no answer to the prompt that is measured. A refused ``response_format`` is part of that adapter's ordinary way.
+    """
+
+    def __init__(self) -> None:
+        self._structured: dict[str, bool] = {}
+        self.failed: list[Exception] = []
+        self.refused: list[Exception] = []
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        asked = {**inputs, **(inputs.get("kwargs") or {})}
+        self._structured[call_id] = asked.get("response_format") is not None
+
+    def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
+        if exception is not None:
+            (self.refused if self._structured.get(call_id) else self.failed).append(exception)
 
 
 class Students:
@@ -185,9 +207,8 @@ class _Runner:
         return self._s._context.copy().run(self._run, call)
 
     def _run(self, call: Call) -> GenerateResult:
-        s, tracker = self._s, _SharedTracker()
+        s, tracker, outages = self._s, _SharedTracker(), _Outages()
         program = s._with_demos(s._template.copy(self._held), call.kept)
-        usage = Usage()
         try:
             # The runs' prompts stay out of DSPy's histories: they are private, and there are thousands.
             with dspy.context(
@@ -197,21 +218,28 @@ class _Runner:
                 track_usage=True,
                 disable_history=True,
                 trace=None,
+                callbacks=[*dspy.settings.callbacks, outages],
             ):
                 prediction = program(**s._examples[call.query.id].inputs())
         except AdapterParseError as error:
-            usage = self._usage(tracker)
-            s.counts.add("unparsed")
-            if s._unparsable == "missing":
-                return GenerateResult(
-                    None, usage, error=f"the adapter could not parse the answer: {_short(error)}"
-                )
-            return GenerateResult(unparsed(type(error).__name__), usage)
+            broken = outages.failed or outages.refused
+            return self._failed(broken[-1], tracker) if broken else self._unparsed(error, tracker)
         except ProxyPromptError:
             raise
         except Exception as error:
             return self._failed(error, tracker)
+        if outages.failed:
+            return self._failed(outages.failed[-1], tracker)
         return GenerateResult(s._codec.encode(prediction), self._usage(tracker))
+
+    def _unparsed(self, error: Exception, tracker: UsageTracker) -> GenerateResult:
+        usage = self._usage(tracker)
+        self._s.counts.add("unparsed")
+        if self._s._unparsable == "missing":
+            return GenerateResult(
+                None, usage, error=f"the adapter could not parse the answer: {_short(error)}"
+            )
+        return GenerateResult(unparsed(type(error).__name__), usage)
 
     def _failed(self, error: Exception, tracker: UsageTracker) -> GenerateResult:
         s = self._s

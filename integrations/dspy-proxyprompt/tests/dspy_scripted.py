@@ -13,7 +13,11 @@ import dspy
 Turns = list[dict[str, Any]]
 
 
-class Scripted(dspy.BaseLM):  # type: ignore[misc]
+# DSPy 3.0's TwoStepAdapter takes no other model; since 3.4 an LM does not go through forward.
+_Base = dspy.LM if dspy.__version__.startswith("3.0.") else dspy.BaseLM
+
+
+class Scripted(_Base):  # type: ignore[misc, valid-type]
     """Answers with what a function of the messages gives; remembers the messages, also of its copies."""
 
     def __init__(self, answer: Callable[[Turns], str], model: str = "scripted/one", **kwargs: Any) -> None:
@@ -24,6 +28,9 @@ class Scripted(dspy.BaseLM):  # type: ignore[misc]
         twin = Scripted(self.answer, self.model)
         twin.__dict__.update(self.__dict__)
         return twin
+
+    def launch(self, launch_kwargs: Any = None) -> None: ...
+    def kill(self, launch_kwargs: Any = None) -> None: ...
 
     def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
         with self.lock:
@@ -51,14 +58,19 @@ def shown(messages: Turns) -> str:
     return "\n".join(m["content"] for m in messages[:-1])
 
 
+def number(messages: Turns) -> str:
+    """Of the question."""
+    last: str = messages[-1]["content"]
+    return last.split("[[ ## question ## ]]\nq")[1].split("\n")[0].strip()
+
+
 def harmed_by(word: str, share: float = 0.6) -> Callable[[Turns], str]:
     """Right about every question ('q7' -> 'a7'), but for a share of them while ``word`` is among the demos."""
 
     def answer(messages: Turns) -> str:
-        last = messages[-1]["content"]
-        number = last.split("[[ ## question ## ]]\nq")[1].split("\n")[0].strip()
-        wrong = word in shown(messages) and luck(number) < share
-        return chat(answer="wrong" if wrong else f"a{number}")
+        asked = number(messages)
+        wrong = word in shown(messages) and luck(asked) < share
+        return chat(answer="wrong" if wrong else f"a{asked}")
 
     return answer
 
