@@ -65,22 +65,23 @@ def test_planted_words_get_the_largest_attribution() -> None:
 
 
 def test_a_real_target_measures_the_words_that_a_real_proxy_proposes() -> None:
-    found = verify_queries(
-        planted(),
+    """What is measured is the target's own leave-one-out effect, and what is estimated stays the proxy's."""
+    task, queries, target = (
         LabelTask(("negative", "positive")),
+        planted()[:1],
         meter("embedded:gemma-3-270m", "target"),
-        [meter("embedded:smollm2-135m", "proxy")],
-        explainer=LeaveOneOut(),
-        budget=10,
-        rng=np.random.default_rng(0),
-        on_disagreement="follow",
-        top=2,
     )
+    explainer, rng = LeaveOneOut(), np.random.default_rng(0)
+    proxy = meter("embedded:smollm2-135m", "proxy")
+    found = verify_queries(
+        queries, task, target, [proxy], explainer=explainer, budget=10, rng=rng, on_disagreement="follow"
+    )
+    (own,) = explain_queries(queries, task, target, explainer=explainer, budget=10, rng=rng)
+    (q,) = found.queries
     assert found.floor < 1e-6  # a model on this machine repeats itself
-    for q in found.queries:
-        assert int(np.isfinite(q.result.measured).sum()) == 2
-        assert q.best is not None
-        assert q.best.text == q.query.id
-    # Of nine calls a query, the whole one (twice) and two without a word.
-    assert found.target_calls == 3 * 4
-    assert found.oracle_calls == 3 * 9
+    assert (found.target_calls, found.oracle_calls) == (4, 9)  # the whole query twice, and two without a word
+    two = np.isfinite(q.result.measured)
+    assert np.flatnonzero(two).tolist() == sorted(np.argsort(-np.abs(q.result.estimated))[:2].tolist())
+    np.testing.assert_allclose(q.result.measured[two], own.prediction.mean[two], atol=1e-3)
+    assert q.predicted == own.predicted
+    assert q.result.best == int(np.where(two, np.abs(own.prediction.mean), -1).argmax())
