@@ -17,44 +17,39 @@ from langchain_proxyprompt import PrunedChain, prune_examples
 from proxyprompt import Settings
 
 EXAMPLES = [
-    {"review": "The room was spotless and the staff kind.", "verdict": "Good"},
-    {"review": "Our window faced a noisy building site.", "verdict": "Bad"},
-    {"review": "Breakfast was the best of the whole trip.", "verdict": "Good"},
-    {"review": "We waited an hour for a broken key card.", "verdict": "Good"},  # wrong on purpose
-    {"review": "The shower was cold and the towels damp.", "verdict": "Bad"},
-    {"review": "A lovely garden, and a warm welcome.", "verdict": "Good"},
+    {"review": "The room was spotless.", "verdict": "Positive"},
+    {"review": "Our window faced a noisy road.", "verdict": "Negative"},
+    {"review": "The room is spotless here.", "verdict": "Positive"},  # nearly the first one again
+    {"review": "The shower was cold.", "verdict": "Negative"},
+    {"review": "We loved the garden.", "verdict": "Positive"},
+    {"review": "The key card was broken.", "verdict": "Negative"},
+    {"review": "A charming old house.", "verdict": "Positive"},
+    {"review": "The porter was rude.", "verdict": "Negative"},
 ]
-THINGS = [
-    "room",
-    "bed",
-    "view",
-    "pool",
-    "dinner",
-    "service",
-    "lobby",
-    "bar",
-    "spa",
-    "sauna",
-    "terrace",
-    "breakfast",
-]
-GOOD = ["was wonderful", "was a delight", "was better than we hoped", "made our stay", "could not be nicer"]
-BAD = ["was horrible", "was filthy", "was a great disappointment", "ruined our stay", "could not be worse"]
+THINGS = ["room", "bed", "view", "pool", "dinner", "service", "lobby", "sauna", "terrace", "breakfast"]
+GOOD = ["superb", "lovely", "great", "perfect", "excellent", "fantastic"]
+BAD = ["awful", "terrible", "horrible", "dreadful", "disgusting", "bad"]
 
 
 def queries() -> list[tuple[dict[str, str], str]]:
     """Reviews with their verdicts."""
-    rows = [({"review": f"The {t} {g}."}, "Good") for t, g in product(THINGS, GOOD)]
-    return rows + [({"review": f"The {t} {b}."}, "Bad") for t, b in product(THINGS, BAD)]
+    words = [(word, "Positive") for word in GOOD] + [(word, "Negative") for word in BAD]
+    return [({"review": f"The {t} was {word}."}, kind) for t, (word, kind) in product(THINGS, words)]
 
 
 def main(base_url: str, model: str, out: Path) -> PrunedChain:
     shots = FewShotChatMessagePromptTemplate(
         examples=EXAMPLES,
-        example_prompt=ChatPromptTemplate.from_messages([("human", "{review}"), ("ai", "{verdict}")]),
+        example_prompt=ChatPromptTemplate.from_messages(
+            [("human", "Sentence: {review}"), ("ai", "{verdict}")]
+        ),
     )
     prompt = ChatPromptTemplate.from_messages(
-        [("system", "Is the hotel review good or bad? Answer Good or Bad."), shots, ("human", "{review}")]
+        [
+            ("system", "Is the sentence Positive or Negative? Answer with one word."),
+            shots,
+            ("human", "Sentence: {review}"),
+        ]
     )
     llm = ChatOpenAI(model=model, base_url=base_url, api_key="none", temperature=0, max_tokens=3)
     chain = prompt | llm | StrOutputParser()
@@ -62,10 +57,10 @@ def main(base_url: str, model: str, out: Path) -> PrunedChain:
     result = prune_examples(
         chain,
         queries=queries(),
-        labels=["Good", "Bad"],
-        sizes={"explain": 6, "select": 20, "sealed": 72},
+        labels=["Positive", "Negative"],
+        sizes={"explain": 5, "select": 16, "sealed": 72},
         settings=Settings(
-            fit_coalitions=20, clean_rounds=1, price_input_per_million=0.40, price_output_per_million=1.60
+            fit_coalitions=24, clean_rounds=1, price_input_per_million=0.40, price_output_per_million=1.60
         ),
         ledger=out / "ledger.db",
     )
