@@ -350,8 +350,9 @@ def test_proxies_that_fail_alone_explain_together(tmp_path: Path) -> None:
 
 
 def test_the_ensemble_is_left_out_on_request(tmp_path: Path) -> None:
-    settings = Settings(fit_coalitions=64, proxy_coalitions=96, screening_ensemble=False)
-    result = run(tmp_path, Model("target"), Model("a"), Model("b"), settings=settings)
+    settings = Settings(fit_coalitions=48, proxy_coalitions=48, screening_ensemble=False, clean=False)
+    few = splits(explain=20, select=20, sealed=20)
+    result = run(tmp_path, Model("target"), Model("a"), Model("b"), settings=settings, splits=few)
     assert result.screening is not None
     assert [p.name for p in result.screening.proxies] == ["a", "b"]
 

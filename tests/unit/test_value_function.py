@@ -189,7 +189,7 @@ def test_generated_texts_of_several_functions_find_their_own_queries() -> None:
 
 def test_functions_of_two_models_are_not_one_batch() -> None:
     one, other = (function(ScriptedBackend(score=count_kept)) for _ in range(2))
-    with pytest.raises(InputError, match="do not share one meter, task and stage"):
+    with pytest.raises(InputError, match="do not share one meter, task, stage and repeat"):
         evaluate_together([one, other], [np.ones((1, 3), dtype=bool)] * 2)
     with pytest.raises(InputError, match="1 matrices for 2 value functions"):
         evaluate_together([one, one], [np.ones((1, 3), dtype=bool)])
