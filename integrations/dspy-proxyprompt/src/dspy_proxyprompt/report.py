@@ -143,6 +143,22 @@ class PruneReport:
         summary = self.artifact.summary
         return summary["before"]["tokens"], summary["after"]["tokens"]
 
+    @property
+    def money(self) -> Mapping[str, Any] | None:
+        """Bills before and after, as in the artifact's summary; ``None`` without a price."""
+        return None if self.artifact is None else self.artifact.summary["cost"]["money"]
+
+    def _costs(self) -> str:
+        before, after = self.tokens
+        said = "" if before is None or after is None else f"Prompt tokens of a run: {before} -> {after}."
+        if said and self.money is not None:
+            money = self.money
+            said += (
+                f" Saved in a thousand runs: {money['saved_per_thousand_calls']:.3g} {money['currency']}"
+                f" ({money['source']})."
+            )
+        return said
+
     def __str__(self) -> str:
         headline = (
             self.artifact.summary["verdict"]["headline"]
@@ -159,7 +175,7 @@ class PruneReport:
                 found = "" if d.attribution is None else f" {d.attribution:+.3f} ± {d.standard_error:.3f}"
                 own = "" if d.own_attribution is None else f" (alone {d.own_attribution:+.3f})"
                 lines.append(f"  {'+' if d.kept else '-'} {d.position:3d}{found}{own}  {d.verdict}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join(filter(None, [*lines, self._costs(), *self.notes]))
 
     def to_json(self) -> str:
         """Text of the file."""
