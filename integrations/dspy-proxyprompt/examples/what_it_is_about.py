@@ -77,7 +77,7 @@ def main(base_url: str, model: str, out: Path) -> ProxyPrune:
         pruner = ProxyPrune(
             same_topic,
             settings=Settings(
-                fit_coalitions=20,
+                fit_coalitions=22,
                 max_suspects=2,
                 clean_rounds=1,
                 max_evaluations=5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -73,6 +74,15 @@ def harmed_by(word: str, share: float = 0.6) -> Callable[[Turns], str]:
         return chat(answer="wrong" if wrong else f"a{asked}")
 
     return answer
+
+
+def obliging(messages: Turns) -> str:
+    """Fills every output field that it is asked for; a proposer's with an instruction, an answer with the right one."""
+    system = messages[0]["content"].split("Your output fields are:")[1].split("All interactions")[0]
+    names = re.findall(r"^\d+\. `(\w+)`", system, re.MULTILINE)
+    if names == ["answer"]:
+        return chat(answer=f"a{number(messages)}")
+    return chat(**dict.fromkeys(names, "Answer the question with the letter a and its number."))
 
 
 def example(i: int) -> Any:

@@ -460,6 +460,37 @@ def test_after_labeled_and_bootstrap_few_shot(pruner: Any) -> None:
             assert any("3 examples of trainset are demos" in n for n in one.report.notes)
 
 
+def test_after_mipro(pruner: Any) -> None:
+    """The real optimizer, with a model that obliges whatever its proposer asks."""
+    lm = s.Scripted(s.obliging)
+    with dspy.context(lm=lm):
+        mipro = dspy.MIPROv2(
+            metric=s.right,
+            prompt_model=lm,
+            task_model=lm,
+            auto=None,
+            num_candidates=2,
+            max_bootstrapped_demos=2,
+            max_labeled_demos=2,
+            num_threads=1,
+            verbose=False,
+        )
+        compiled = mipro.compile(
+            dspy.Predict("question -> answer"),
+            trainset=s.TRAIN[:20],
+            valset=s.TRAIN[20:26],
+            num_trials=2,
+            minibatch=False,
+            **({"requires_permission_to_run": False} if dspy.__version__ < "3.1" else {}),
+        )
+        if not compiled.demos:  # among equals the search may prefer the program without
+            compiled.demos = compiled.candidate_programs[-1]["program"].demos or list(s.TRAIN[:2])
+        one = pruner()
+        pruned = one.compile(compiled, trainset=s.TRAIN[:26], valset=FEW)
+    assert one.report.n_before == len(compiled.demos) > 0
+    assert pruned.signature.instructions == compiled.signature.instructions
+
+
 def test_better_together_keeps_the_earlier_of_equals(pruner: Any) -> None:
     """Why the pruner runs last, outside: a smaller program with the same score loses."""
     student = s.program([])

@@ -103,7 +103,7 @@ def test_tokens_of_threads_inside_the_program_are_counted(topics: Any, lm: Any) 
 
         def forward(self, review: str) -> Any:
             pairs = [(self.step, {"review": f"{review} {i}"}) for i in range(3)]
-            return dspy.Parallel(num_threads=2, disable_progress_bar=True)(pairs)[0]
+            return dspy.Parallel(num_threads=2, disable_progress_bar=True, provide_traceback=True)(pairs)[0]
 
     with dspy.context(lm=lm, adapter=topics.Terse()):
         made, query = students(Fan(), topics)

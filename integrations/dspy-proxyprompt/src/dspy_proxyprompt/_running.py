@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import inspect
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
+from dspy.utils.parallelizer import ParallelExecutor
 from dspy.utils.usage_tracker import UsageTracker
 
 from proxyprompt.backends.base import GenerateRequest, GenerateResult, Message, Rendered, Usage
@@ -86,6 +88,23 @@ class _Outages(BaseCallback):  # type: ignore[misc]
     def on_lm_end(self, call_id: str, outputs: Any, exception: Exception | None = None) -> None:
         if exception is not None:
             (self.refused if self._structured.get(call_id) else self.failed).append(exception)
+
+
+# DSPy 3.0.0: any usage tracker makes every thread of dspy.Parallel fail, without a word.
+_TRACKER_BREAKS_THREADS = "thread_local_overrides.overrides" in inspect.getsource(ParallelExecutor)
+
+
+def _metered(lm: Any) -> Any:
+    """A model, already a copy of our own, that reports to ``settings.proxyprompt_usage`` instead of DSPy's tracker."""
+    inner = lm.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        response = inner(*args, **kwargs)
+        dspy.settings.proxyprompt_usage.add_usage(lm.model, dict(getattr(response, "usage", None) or {}))
+        return response
+
+    lm.forward = forward
+    return lm
 
 
 class Students:
@@ -200,6 +219,12 @@ class _Runner:
     def __init__(self, students: Students, held: list[tuple[int, str, Any]], default: Any) -> None:
         self._s, self._held, self._default = students, held, default
         self._adapter = fresh_adapter(students._adapter)
+        if _TRACKER_BREAKS_THREADS:
+            own = [lm for _, _, lm in held] + [
+                v for v in (default, *vars(self._adapter).values()) if isinstance(v, dspy.BaseLM)
+            ]
+            for lm in {id(lm): lm for lm in own}.values():
+                _metered(lm)
 
     def generate(self, call: Call, request: GenerateRequest) -> GenerateResult:
         """One run; called from many threads."""
@@ -214,8 +239,7 @@ class _Runner:
             with dspy.context(
                 lm=self._default,
                 adapter=self._adapter,
-                usage_tracker=tracker,
-                track_usage=True,
+                **self._metering(tracker),
                 disable_history=True,
                 trace=None,
                 callbacks=[*dspy.settings.callbacks, outages],
@@ -231,6 +255,12 @@ class _Runner:
         if outages.failed:
             return self._failed(outages.failed[-1], tracker)
         return GenerateResult(s._codec.encode(prediction), self._usage(tracker))
+
+    @staticmethod
+    def _metering(tracker: UsageTracker) -> dict[str, Any]:
+        if _TRACKER_BREAKS_THREADS:
+            return {"usage_tracker": None, "track_usage": False, "proxyprompt_usage": tracker}
+        return {"usage_tracker": tracker, "track_usage": True}
 
     def _unparsed(self, error: Exception, tracker: UsageTracker) -> GenerateResult:
         usage = self._usage(tracker)

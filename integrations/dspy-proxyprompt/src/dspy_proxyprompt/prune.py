@@ -111,7 +111,12 @@ class ProxyPrune(Teleprompter):  # type: ignore[misc]
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
-        given = {"tau": tau, "confidence": confidence, "budget_calls": budget_calls, "seed": seed}
+        given: dict[str, Any] = {
+            "tau": tau,
+            "confidence": confidence,
+            "budget_calls": budget_calls,
+            "seed": seed,
+        }
         self.settings = replace(
             settings or Settings(), **{name: value for name, value in given.items() if value is not None}
         )
