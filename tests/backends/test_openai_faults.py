@@ -426,3 +426,15 @@ class TestSecrets:
     def test_a_server_of_ones_own_needs_none(self, server: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("OPENAI_API_KEY")
         assert ask(server, scores()).error is None
+
+
+def test_a_server_that_names_all_its_answers_alike_is_believed() -> None:
+    from proxyprompt.backends._openai_mixups import Answered
+
+    told = Answered()
+    assert not told.is_foreign("x", {"prompt": "a"}, {"id": "x", "text": "1"})
+    assert not told.is_foreign("x", {"prompt": "b"}, {"id": "x", "text": "2"})
+    assert not told.is_foreign("x", {"prompt": "c"}, {"id": "x", "text": "2"})
+    other = Answered()
+    assert not other.is_foreign("x", {"prompt": "a"}, {"id": "x", "text": "1"})
+    assert other.is_foreign("x", {"prompt": "b"}, {"id": "x", "text": "1"})

@@ -74,7 +74,15 @@ def test_a_module_runs_no_data(path: Path) -> None:
     assert set(findings(path.read_text(encoding="utf-8"))) - allowed == set()
 
 
-ALLOWED: dict[str, set[str]] = {}
+# Another library's own rendering, asked for by name; what it would evaluate in an example is refused before (see _site.py).
+ALLOWED: dict[str, set[str]] = {
+    "integrations/dspy-proxyprompt/src/dspy_proxyprompt/_running.py": {"adapter.format(...)"},
+    "integrations/langchain-proxyprompt/src/langchain_proxyprompt/_materialize.py": {"shown.format(...)"},
+    "integrations/langchain-proxyprompt/src/langchain_proxyprompt/_site.py": {
+        "template.example_prompt.format(...)",
+        "string.Formatter",  # its parser only
+    },
+}
 
 
 @pytest.mark.parametrize(

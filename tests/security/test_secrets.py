@@ -7,6 +7,7 @@ encoding, in hexadecimal and with JSON escapes.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -108,6 +109,9 @@ base_url = "{address}"
     return folder / "config.toml"
 
 
+COUNT = itertools.count()
+
+
 def answer(body: dict[str, Any], echo: str) -> dict[str, Any]:
     odd = int(re.findall(r"(?:query|demo) (\d+)", str(body["prompt"]))[-1]) % 2
     first, second = (" yes", " no") if odd else (" no", " yes")
@@ -115,7 +119,7 @@ def answer(body: dict[str, Any], echo: str) -> dict[str, Any]:
     choice = {"index": 0, "text": first, "finish_reason": "length",
               "logprobs": {"tokens": [first], "token_logprobs": [-0.2], "top_logprobs": [top]}}  # fmt: skip
     return {
-        "id": echo, "object": "text_completion", "created": 1, "model": "m", "choices": [choice],
+        "id": f"{echo}-{next(COUNT)}", "object": "text_completion", "created": 1, "model": "m", "choices": [choice],
         "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
     }  # fmt: skip
 

@@ -241,7 +241,7 @@ class Connection:
                 self._failed_in_a_row = 0
                 self.pace.succeeded(read_allowance(response.headers))
                 answer = read_body(response.content)
-                if not self._answered.is_foreign(answer.get("id"), body):
+                if not self._answered.is_foreign(answer.get("id"), body, answer):
                     return answer
                 pause, billed, reason = self._after_mix_up()
             if billed:

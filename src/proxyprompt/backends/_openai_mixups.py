@@ -20,18 +20,28 @@ class Answered:
     """Remembers which request each answer belonged to."""
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[str, bytes] = OrderedDict()
+        self._requests: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._tells = True
 
-    def is_foreign(self, name: object, body: Mapping[str, Any]) -> bool:
+    def is_foreign(self, name: object, body: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
         """Whether the answer called ``name`` has answered another body before.
 
-        The same answer to the same body is no mix-up: caches of servers do that. Without an ``id`` nothing can be told.
+        The same answer to the same body is no mix-up: caches of servers do that. Without an ``id`` nothing can be told, nor
+        on a server that has given one ``id`` to answers that differ.
         """
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or not self._tells:
             return False
-        text = json.dumps(body, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        known = self._requests.setdefault(name, digest)
+        asked, told = _digest(body), _digest(answer)
+        known_asked, known_told = self._requests.setdefault(name, (asked, told))
         if len(self._requests) > _MOST:
             self._requests.popitem(last=False)
-        return known != digest
+        if known_told != told:
+            self._tells = False
+            self._requests.clear()
+            return False
+        return known_asked != asked
+
+
+def _digest(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
