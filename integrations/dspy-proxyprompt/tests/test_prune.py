@@ -30,7 +30,7 @@ def test_the_harmful_demo_goes_and_the_result_is_certified(pruner: Any, tmp_path
     student = s.program()
     with dspy.context(lm=lm):
         one = pruner(settings=QUICK)
-        pruned = one.compile(student, trainset=s.TRAIN, valset=s.VAL)
+        pruned = one.compile(student, trainset=s.TRAIN[:100], valset=s.VAL[:100])
     assert one.report is not None
     assert one.report.certified
     assert not one.report.predictors[0].demos[2].kept
@@ -42,7 +42,7 @@ def test_the_harmful_demo_goes_and_the_result_is_certified(pruner: Any, tmp_path
     assert pruned.lm is None  # what was in a context stays there
     calls = len(lm.seen)
     with dspy.context(lm=lm):
-        again = pruner(settings=QUICK).compile(student, trainset=s.TRAIN, valset=s.VAL)
+        again = pruner(settings=QUICK).compile(student, trainset=s.TRAIN[:100], valset=s.VAL[:100])
     assert len(lm.seen) == calls  # the ledger has all of it
     assert [dict(d) for d in again.demos] == [dict(d) for d in pruned.demos]
     assert not any(cache for _, cache in lm.seen)
@@ -222,3 +222,28 @@ def test_an_outage_that_an_adapter_covers_with_another_prompt_is_no_answer(prune
     with pytest.raises(InconclusiveError, match=r"missing .* busy"):
         compile_quickly(one, s.program(), s.Scripted(once))
     assert busy
+
+
+# --- proxies ----------------------------------------------------------------------------------------------
+
+
+def test_proxies_are_screened_by_the_program_itself(pruner: Any) -> None:
+    """Two models of one name are told apart; each runs the program, and the target alone certifies."""
+    demos = [dspy.Example(question=f"demo {i}", answer="poison" if i == 2 else f"fine {i}") for i in range(7)]
+    target, same, other = (
+        s.Scripted(s.harmed_by("poison"), "scripted/target"),
+        s.Scripted(s.harmed_by("poison"), "scripted/cheap"),
+        s.Scripted(s.harmed_by("fine 4"), "scripted/cheap"),
+    )
+    quick = Settings(interactions="off", clean=False, fit_coalitions=24, judge_coalitions=12)
+    one = pruner(settings=quick, proxies=[same, other], explain_share=0.6)
+    compile_quickly(one, s.program(demos), target, trainset=s.TRAIN[:70], valset=s.VAL[:60])
+    found = {p["name"]: p for p in one.report.artifact.summary["screening"]["proxies"]}
+    assert list(found) == ["dspy:Predict@scripted/cheap", "dspy:Predict@scripted/cheap#2"]
+    assert found["dspy:Predict@scripted/cheap#2"]["decision"] != "accepted"
+    assert target.seen
+    assert same.seen
+    assert other.seen
+    sealed = {f"q{i}" for i in range(1000, 1060)}
+    for proxy in (same, other):
+        assert not sealed & {f"q{s.number(m)}" for m, _ in proxy.seen}
