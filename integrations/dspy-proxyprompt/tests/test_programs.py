@@ -344,6 +344,10 @@ def test_secrets_stay_out_of_identities() -> None:
     assert made.target().identity["base_url"] == "http://127.0.0.1:1/v1"
     other = dspy.LM("openai/m", api_key="another", api_base="http://127.0.0.1:1/v1", max_tokens=18)
     assert lm_identity(other) != lm_identity(lm)
+    mine = s.Scripted(RIGHT)
+    before = lm_identity(mine)
+    mine.persona = "a pirate"
+    assert lm_identity(mine) != before  # what a class of one's own keeps is part of it
 
 
 def test_a_changed_program_is_another_model() -> None:

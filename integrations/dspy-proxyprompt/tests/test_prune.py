@@ -233,17 +233,31 @@ def test_proxies_are_screened_by_the_program_itself(pruner: Any) -> None:
     target, same, other = (
         s.Scripted(s.harmed_by("poison"), "scripted/target"),
         s.Scripted(s.harmed_by("poison"), "scripted/cheap"),
-        s.Scripted(s.harmed_by("fine 4"), "scripted/cheap"),
+        s.Scripted(s.harmed_by("fine 4", 1.0), "scripted/cheap", max_tokens=9),
     )
-    quick = Settings(interactions="off", clean=False, fit_coalitions=24, judge_coalitions=12)
+    quick = Settings(
+        interactions="off",
+        clean=False,
+        fit_coalitions=20,
+        judge_coalitions=8,
+        screening_delta=0.3,
+        screening_tau=0.5,
+    )
     one = pruner(settings=quick, proxies=[same, other], explain_share=0.6)
-    compile_quickly(one, s.program(demos), target, trainset=s.TRAIN[:70], valset=s.VAL[:60])
+    compile_quickly(one, s.program(demos), target, trainset=s.TRAIN[:26], valset=s.VAL[:40])
     found = {p["name"]: p for p in one.report.artifact.summary["screening"]["proxies"]}
-    assert list(found) == ["dspy:Predict@scripted/cheap", "dspy:Predict@scripted/cheap#2"]
+    assert list(found)[:2] == ["dspy:Predict@scripted/cheap", "dspy:Predict@scripted/cheap#2"]
+    assert found["dspy:Predict@scripted/cheap"]["decision"] == "accepted"
     assert found["dspy:Predict@scripted/cheap#2"]["decision"] != "accepted"
     assert target.seen
     assert same.seen
     assert other.seen
-    sealed = {f"q{i}" for i in range(1000, 1060)}
+    sealed = {f"q{i}" for i in range(1000, 1040)}
     for proxy in (same, other):
         assert not sealed & {f"q{s.number(m)}" for m, _ in proxy.seen}
+
+
+def test_a_proxy_named_twice_is_refused(pruner: Any) -> None:
+    twins = [s.Scripted(RIGHT, "scripted/cheap"), s.Scripted(s.harmed_by("poison"), "scripted/cheap")]
+    with pytest.raises(InputError, match="two are the same model, 'scripted/cheap'"):
+        compile_quickly(pruner(proxies=twins), s.program(), s.Scripted(RIGHT))

@@ -246,10 +246,26 @@ def lm_identity(lm: Any) -> dict[str, Any]:
     engine = getattr(lm, "_engine_spec", "auto")
     return {
         "class": f"{type(lm).__module__}.{type(lm).__qualname__}",
+        "source": _source(type(lm)),
         "model": str(lm.model),
         "model_type": str(getattr(lm, "model_type", "")),
-        "engine": engine if isinstance(engine, str) else type(engine).__qualname__,
+        "engine": engine if isinstance(engine, str) else _own_state(engine),
         "kwargs": {k: v for k, v in kwargs.items() if v is not None},
+        # What a class of the user's own keeps beside DSPy's parameters may decide its answers.
+        "state": None if _source(type(lm)) is None else _own_state(lm),
+    }
+
+
+def _own_state(thing: Any) -> dict[str, Any]:
+    """Class and plain attributes; no secrets."""
+    return {
+        "class": f"{type(thing).__module__}.{type(thing).__qualname__}",
+        **{
+            name: _public(name, value)
+            for name, value in sorted(getattr(thing, "__dict__", {}).items())
+            if isinstance(value, str | int | float | bool)
+            and name.lstrip("_") not in ("cache", "warned_zero_temp_rollout")
+        },
     }
 
 

@@ -275,6 +275,12 @@ class _Run:
         proxies: list[ProgramBackend] = []
         for lm in p.proxies:
             backend = self.students.proxy(lm)
+            if any(dict(b.identity) == dict(backend.identity) for b in proxies):
+                raise InputError(
+                    f"proxies: two are the same model, {lm.model!r}, with the same parameters; their answers could not be"
+                    " told apart in the ledger.",
+                    hint="Name each once; a custom model should keep what makes it another in its attributes.",
+                )
             twins = sum(b.name.partition("#")[0] == backend.name for b in proxies)
             if twins:
                 backend = self.students.proxy(lm, name=f"{backend.name}#{twins + 1}")
