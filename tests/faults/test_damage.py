@@ -52,7 +52,8 @@ def _read(path: Path) -> str:
                 assert same(result, number), f"a wrong answer to {number} was served"
                 served += 1
             intact = ledger.lookup([key_of(number) for number in range(LAST)])
-            assert len(intact) == served, "reading changed what is there"
+            # A damaged index hides good rows until the first damaged row has it rebuilt.
+            assert len(intact) >= served, "reading lost what was there"
             ledger.totals()
             ledger.runs()
     except LedgerError as error:
