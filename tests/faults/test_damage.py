@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -44,11 +45,14 @@ def _read(path: Path) -> str:
         with warnings.catch_warnings(), Ledger(path, create=False) as ledger:
             warnings.simplefilter("ignore", RuntimeWarning)
             for number in range(LAST):
-                meter = Meter(Silent(), ledger, role="proxy", run="check")  # type: ignore[arg-type]
+                meter = Meter(Silent(), ledger, role="proxy", run="check", patience=20)  # type: ignore[arg-type]
+                started = time.monotonic()
                 try:
                     [result] = meter.score([request_of(number)], stage="s")
                 except BackendError:
-                    continue  # not there: it would be bought anew
+                    # Not there: it would be bought anew, and at once.
+                    assert time.monotonic() - started < 10, "waited for somebody who is not there"
+                    continue
                 assert same(result, number), f"a wrong answer to {number} was served"
                 served += 1
             intact = ledger.lookup([key_of(number) for number in range(LAST)])
