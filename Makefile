@@ -37,10 +37,11 @@ test-integrations: $(NEWEST)/.done $(OLDEST)/.done
 test-wheels: $(NEWEST)/.done
 	$(NEWEST)/bin/python integrations/check_wheels.py
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(NEWEST)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=src $(BIN)/mypy --python-executable $(NEWEST)/bin/python integrations/langchain-proxyprompt/src/langchain_proxyprompt
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/demo/run.py

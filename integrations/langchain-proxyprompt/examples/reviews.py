@@ -73,6 +73,8 @@ def main(base_url: str, model: str, out: Path) -> PrunedChain:
     before, after = result.artifact.summary["before"], result.artifact.summary["after"]
     print(result.report.splitlines()[0].lstrip("# "))
     print(f"prompt tokens a call: {before['tokens']:.0f} -> {after['tokens']:.0f}")
+    money = result.artifact.summary["cost"]["money"]
+    print(f"saved in a million calls: {1000 * money['saved_per_thousand_calls']:.2f} {money['currency']}")
     print(result.chain.invoke({"review": "The pool was a delight."}))  # the pruned chain, ready to deploy
     return result
 

@@ -25,7 +25,9 @@ def test_the_example_saves_tokens_on_a_real_model(base_url: str, tmp_path: Path,
     assert f"{summary['before']['tokens']:.0f} -> {summary['after']['tokens']:.0f}" in printed
     assert result.certified
     assert summary["after"]["tokens"] < summary["before"]["tokens"]
-    assert summary["money"] is not None
+    saved = 1000 * summary["cost"]["money"]["saved_per_thousand_calls"]
+    assert saved > 0
+    assert f"saved in a million calls: {saved:.2f} USD" in printed
     assert (tmp_path / "artifact.json").exists()
 
 

@@ -176,11 +176,17 @@ class Holder:
 
 
 @pytest.mark.parametrize("function", [Holder().run, sequence().invoke])
-def test_what_cannot_be_seen_is_refused_with_advice(function: Any) -> None:
+def test_what_a_method_holds_is_refused_with_advice(function: Any) -> None:
+    with pytest.raises(InputError, match="lives inside a function") as caught:
+        find_template(RunnableLambda(function) | StrOutputParser())
+    assert "Pass the inner chain" in str(caught.value.hint)
+
+
+def test_what_cannot_be_seen_is_refused_with_advice() -> None:
     with pytest.raises(
         InputError, match=r"no few-shot template found .*functions that cannot be looked into"
     ) as caught:
-        find_template(RunnableLambda(function) | StrOutputParser())
+        find_template(RunnableLambda(lambda x: Holder().run(x)) | StrOutputParser())
     assert "pass that inner chain" in str(caught.value.hint)
 
 

@@ -7,7 +7,9 @@ lives in a closure (a ``RunnableLambda`` over another chain, a graph node, a too
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from langchain_core.language_models import BaseLanguageModel
@@ -19,9 +21,8 @@ from langchain_core.prompts import (
     FewShotPromptTemplate,
     HumanMessagePromptTemplate,
 )
-from langchain_core.prompts.chat import BaseStringMessagePromptTemplate
 from langchain_core.prompts.few_shot_with_templates import FewShotPromptWithTemplates
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda
 from pydantic import BaseModel
 
 from proxyprompt.errors import InputError
@@ -29,6 +30,7 @@ from proxyprompt.errors import InputError
 __all__ = [
     "FEW_SHOT",
     "Found",
+    "copied",
     "find_template",
     "find_templates",
     "language_models",
@@ -65,8 +67,8 @@ def _children(part: Any) -> Iterator[tuple[str, Any, bool]]:
     if isinstance(part, BaseLanguageModel):
         return
     if isinstance(part, RunnableLambda):
-        for i, dep in enumerate(part.deps):
-            yield f"<closure {i}>", dep, True
+        for i, inner in enumerate(_closed_over(part)):
+            yield f"<closure {i}>", inner, True
     elif isinstance(part, BaseModel):
         for name in type(part).model_fields:
             yield f".{name}", getattr(part, name, None), False
@@ -76,6 +78,23 @@ def _children(part: Any) -> Iterator[tuple[str, Any, bool]]:
     elif isinstance(part, list | tuple):
         for i, value in enumerate(part):
             yield f"[{i}]", value, False
+
+
+def _closed_over(part: RunnableLambda[Any, Any]) -> list[Any]:
+    """Runnables that a function can reach; ``deps`` reads its source text, which may not be there."""
+    found = list(part.deps)
+    function: Any = getattr(part, "func", None) or getattr(part, "afunc", None)
+    owner = getattr(function, "__self__", None)
+    found += [owner] if isinstance(owner, Runnable) else list(getattr(owner, "__dict__", {}).values())
+    function = getattr(function, "__func__", function)
+    code, known = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    found += [known[name] for name in getattr(code, "co_names", ()) if name in known]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled yet
+            found.append(cell.cell_contents)
+    # The bound method of a Runnable, such as (prompt | model).invoke, stands for it.
+    found = [getattr(each, "__self__", each) for each in found]
+    return list({id(each): each for each in found if isinstance(each, Runnable)}.values())
 
 
 def walk(
@@ -90,10 +109,8 @@ def walk(
         yield from walk(child, where, closure or (where if closed else ""), seen | {id(part)})
 
 
-def _static(item: Any, message: type[BaseMessage], template: type[BaseStringMessagePromptTemplate]) -> bool:
-    if isinstance(item, message):
-        return True
-    return isinstance(item, template) and not item.input_variables
+def _static(item: Any, message: type[BaseMessage], template: type[Any]) -> bool:
+    return isinstance(item, message) or (isinstance(item, template) and not item.input_variables)
 
 
 def turn_pairs(prompt: ChatPromptTemplate) -> range:
@@ -130,8 +147,8 @@ def find_templates(chain: Any) -> list[Found]:
         holds = isinstance(part, FEW_SHOT) or (
             isinstance(part, ChatPromptTemplate) and len(turn_pairs(part)) > 0
         )
-        # The same object reached without a closure can be replaced, so that way wins.
-        if holds and (id(part) not in found or (found[id(part)].closure and not closure)):
+        # What a function uses too cannot be replaced everywhere, so a closure outweighs every other way.
+        if holds and (id(part) not in found or (closure and not found[id(part)].closure)):
             found[id(part)] = Found(path or "(the prompt itself)", part, closure)
     return list(found.values())
 
@@ -173,7 +190,7 @@ def find_template(chain: Any, wanted: Any = None) -> Found:
             " tool, pass that inner chain itself.",
         )
     open_ones = [f for f in chosen if not f.closure]
-    if len(open_ones or chosen) > 1:
+    if len(chosen) > 1:
         raise InputError(
             f"chain: {len(chosen)} few-shot templates: {', '.join(f.path for f in chosen)}.",
             hint="Say which one with template=, by its path or the object itself.",
@@ -201,6 +218,14 @@ def language_models(chain: Any) -> list[BaseLanguageModel[Any]]:
     """Models that can be replaced, each object once."""
     models = {id(p): p for _, p, closure in walk(chain) if isinstance(p, BaseLanguageModel) and not closure}
     return list(models.values())
+
+
+def copied(part: BaseModel, **changed: Any) -> Any:
+    """A copy with some fields changed, without what the original has cached about itself, such as its serialized form."""
+    new = part.model_copy(update=changed)
+    for name in [n for n in new.__dict__ if isinstance(getattr(type(new), n, None), cached_property)]:
+        del new.__dict__[name]
+    return new
 
 
 def replace_parts(chain: Any, new: Callable[[Any], Any]) -> Any:
@@ -234,7 +259,7 @@ def replace_parts(chain: Any, new: Callable[[Any], Any]) -> Any:
             before = {name: getattr(part, name, None) for name in type(part).model_fields}
             after = {name: copy(value) for name, value in before.items()}
             changed = {name: value for name, value in after.items() if value is not before[name]}
-            return part.model_copy(update=changed) if changed else part
+            return copied(part, **changed) if changed else part
         if isinstance(part, dict):
             items = {key: copy(value) for key, value in part.items()}
             return items if any(items[k] is not part[k] for k in part) else part

@@ -7,7 +7,10 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError, Future
+from contextvars import Context
+from typing import Any, TypeVar, cast
+from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseLanguageModel
@@ -23,6 +26,7 @@ from ._mask import MASK_KEY, Mask
 
 __all__ = [
     "ChainRunner",
+    "LoopJob",
     "Outcome",
     "RunFailedError",
     "describe",
@@ -77,16 +81,27 @@ class _Watcher(BaseCallbackHandler):
         self._lock = threading.Lock()
         self.answers: list[tuple[Any, Usage, str | None]] = []
         self.starts = 0
+        self.cached = False
+        self._asked: dict[UUID, str | None] = {}
+        self._failed: set[str | None] = set()
+        self.stand_ins: set[str] = set()
 
-    def on_chat_model_start(self, serialized: Any, messages: list[list[BaseMessage]], **kwargs: Any) -> None:
+    def on_chat_model_start(
+        self, serialized: Any, messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
+    ) -> None:
         """Compare before anything is sent."""
-        self._check(to_rendered(messages[0]))
+        self._check(to_rendered(messages[0]), run_id, kwargs)
 
-    def on_llm_start(self, serialized: Any, prompts: list[str], **kwargs: Any) -> None:
+    def on_llm_start(self, serialized: Any, prompts: list[str], *, run_id: UUID, **kwargs: Any) -> None:
         """The same for a model that takes text."""
-        self._check(prompts[0])
+        self._check(prompts[0], run_id, kwargs)
 
-    def _check(self, rendered: Rendered) -> None:
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Remember which model failed: another one may answer in its place."""
+        with self._lock:
+            self._failed.add(self._asked.get(run_id))
+
+    def _check(self, rendered: Rendered, run_id: UUID, kwargs: Mapping[str, Any]) -> None:
         if not self._mask.uses:
             raise _Refused(
                 "chain: a model is asked before the few-shot prompt is rendered.",
@@ -94,6 +109,7 @@ class _Watcher(BaseCallbackHandler):
             )
         with self._lock:
             self.starts += 1
+            self._asked[run_id] = (kwargs.get("metadata") or {}).get("ls_model_name")
         if self._expected is None:
             raise _Stopped(rendered)
         if rendered != self._expected:
@@ -102,7 +118,7 @@ class _Watcher(BaseCallbackHandler):
                 "A step before the model is random or changes with time; make it deterministic, or pass the rest.",
             )
 
-    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """Keep the answer, its cost and its model."""
         generation = response.generations[0][0]
         message = getattr(generation, "message", None)
@@ -110,6 +126,11 @@ class _Watcher(BaseCallbackHandler):
         model = meta.get("model_name") or meta.get("model") or (response.llm_output or {}).get("model_name")
         answer = generation.text if message is None else message
         with self._lock:
+            # LangChain's cache repeats the usage of the call that filled it, and adds a cost of 0.
+            self.cached |= (getattr(message, "usage_metadata", None) or {}).get("total_cost") == 0
+            asked = self._asked.get(run_id)
+            if asked is not None and self._failed - {None, asked}:
+                self.stand_ins.add(asked)
             self.answers.append(
                 (answer, usage_of(message, response), model if isinstance(model, str) else None)
             )
@@ -124,13 +145,14 @@ class _Refused(BaseException):
 def usage_of(message: Any, response: LLMResult) -> Usage:
     counted = getattr(message, "usage_metadata", None)
     if isinstance(counted, Mapping):
-        cached = (counted.get("input_token_details") or {}).get("cache_read") or 0
+        inputs = counted.get("input_token_details") or {}
         reasoning = (counted.get("output_token_details") or {}).get("reasoning") or 0
         return Usage(
             int(counted.get("input_tokens") or 0),
             int(counted.get("output_tokens") or 0),
-            int(cached),
-            reasoning_tokens=int(reasoning),
+            int(inputs.get("cache_read") or 0),
+            int(inputs.get("cache_creation") or 0),
+            int(reasoning),
         )
     usage = (response.llm_output or {}).get("token_usage") or {}
     return Usage(int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
@@ -162,6 +184,11 @@ def failure(error: Exception, usage: Usage, unanswered: int) -> Exception:
         return BackendError(
             f"The chain's model refuses every request: {what}.",
             hint="Check its key, name and quota; see the cause.",
+        )
+    if isinstance(error, RuntimeError) and "event loop" in str(error).lower():
+        return BackendError(
+            "The chain's model belongs to an event loop that is closed; no call on another one can succeed.",
+            hint="Asynchronous clients serve one loop: make the model inside the asyncio.run that uses it.",
         )
     refused = status in (400, 422) or isinstance(error, TypeError | ValueError)
     return RunFailedError(
@@ -201,7 +228,7 @@ class ChainRunner:
         With its few-shot template replaced by one that reads the mask.
     config : mapping, optional
         The user's own runnable config, merged into every call's.
-    loop : asyncio.AbstractEventLoop, optional
+    loop : asyncio.AbstractEventLoop or LoopJob, optional
         Then every run is a coroutine on it: an HTTP client made for one loop cannot serve another.
     trace : bool
         Whether the runs go to LangSmith, if that is on.
@@ -212,10 +239,11 @@ class ChainRunner:
         chain: Runnable[Any, Any],
         *,
         config: Mapping[str, Any] | None = None,
-        loop: asyncio.AbstractEventLoop | None = None,
+        loop: asyncio.AbstractEventLoop | LoopJob | None = None,
         trace: bool = False,
     ) -> None:
-        self._chain, self._loop, self._trace = chain, loop, trace
+        self._chain, self._trace = chain, trace
+        self._job = LoopJob(loop) if isinstance(loop, asyncio.AbstractEventLoop) else loop
         self._config = dict(config or {})
         self._models: set[str] = set()
         self._lock = threading.Lock()
@@ -261,6 +289,17 @@ class ChainRunner:
                 "The chain answered without asking its model about these examples (a cache, or another branch).",
                 hint="Switch caches off, or pass the part of the chain that always asks.",
             )
+        if watcher.cached:
+            raise BackendError(
+                "LangChain's cache answered in the model's place; one answer repeated is no measurement.",
+                hint="Give that model cache=False: it is inside a function, where it cannot be switched off from here.",
+            )
+        if watcher.stand_ins:
+            raise BackendError(
+                f"A fallback, {', '.join(sorted(watcher.stand_ins))}, answered for a model that failed. They cannot be"
+                " measured as one.",
+                hint="Take fallbacks out of the chain while it is measured.",
+            )
         outcome = Outcome(output, watcher.answers)
         self._same_model(outcome, watcher.answers)
         return outcome
@@ -277,10 +316,15 @@ class ChainRunner:
 
     def _run(self, inputs: Any, mask: Mask, watcher: _Watcher, what: str) -> Any:
         config = self._call_config(mask, watcher, what)
-        if self._loop is not None:
-            return _on_loop(self._loop, lambda: self._arun(inputs, config))
-        with tracing(self._trace):
-            return self._chain.invoke(inputs, config)
+        # In an empty context: nothing of a run around this one, its callbacks or configuration, is inherited.
+        if self._job is not None:
+            return Context().run(self._job.run, lambda: self._arun(inputs, config))
+
+        def invoke() -> Any:
+            with tracing(self._trace):
+                return self._chain.invoke(inputs, config)
+
+        return Context().run(invoke)
 
     async def _arun(self, inputs: Any, config: RunnableConfig) -> Any:
         with tracing(self._trace):
@@ -299,7 +343,7 @@ class ChainRunner:
             "tags": [*own.get("tags", []), "proxyprompt"],
             "metadata": {**own.get("metadata", {}), "proxyprompt_shown": len(mask.kept)},
         }
-        return RunnableConfig(**merged)  # type: ignore[typeddict-item]
+        return cast(RunnableConfig, merged)
 
 
 class _Escaped(Exception):
@@ -308,17 +352,60 @@ class _Escaped(Exception):
         self.inner = inner
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, make: Callable[[], Awaitable[T]]) -> T:
-    async def guarded() -> T:
-        try:
-            return await make()
-        except (_Stopped, _Refused) as end:
-            raise _Escaped(end) from None
+class LoopJob:
+    """Runs of one job on one event loop, asked for from other threads; they end together.
 
-    try:
-        return asyncio.run_coroutine_threadsafe(guarded(), loop).result()
-    except _Escaped as escaped:
-        raise escaped.inner from None
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._flying: set[Future[Any]] = set()
+        self._over = False
+
+    def stop(self) -> None:
+        """Cancel what is under way, and refuse what would follow."""
+        with self._lock:
+            self._over = True
+            flying = list(self._flying)
+        for future in flying:
+            future.cancel()
+
+    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Await on the loop; the calling thread waits.
+
+        Raises
+        ------
+        BackendError
+            If the job was stopped.
+        """
+
+        async def guarded() -> T:
+            try:
+                return await make()
+            except (_Stopped, _Refused) as end:
+                raise _Escaped(end) from None
+
+        with self._lock:
+            if self._over:
+                raise BackendError(_CANCELLED)
+            future = asyncio.run_coroutine_threadsafe(guarded(), self._loop)
+            self._flying.add(future)
+        try:
+            return future.result()
+        except _Escaped as escaped:
+            raise escaped.inner from None
+        except CancelledError:
+            raise BackendError(_CANCELLED) from None
+        finally:
+            with self._lock:
+                self._flying.discard(future)
+
+
+_CANCELLED = "The job was cancelled; what was answered is in the ledger."
 
 
 def tracing(on: bool) -> contextlib.AbstractContextManager[Any]:

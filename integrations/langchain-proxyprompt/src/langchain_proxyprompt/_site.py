@@ -16,7 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate, FewShotChatMessagePromptT
 from proxyprompt.errors import InputError
 from proxyprompt.prompt import Demonstration
 
-from ._finding import turn_pairs
+from ._finding import copied, turn_pairs
 from ._mask import MaskedSelector, MaskedTurns
 from .selector import PrunedExampleSelector, example_key
 
@@ -85,9 +85,7 @@ class Site:
         """The template whose calls say which demonstrations they show."""
         if self.turns is not None:
             return self._with_turns([MaskedTurns(turns=dict(self.turns))])
-        return self.template.model_copy(
-            update={"examples": None, "example_selector": MaskedSelector(self.pool)}
-        )
+        return copied(self.template, examples=None, example_selector=MaskedSelector(self.pool))
 
     def keeping(self, kept: Sequence[str]) -> Any:
         """The template with the kept demonstrations only, in that order."""
@@ -96,15 +94,15 @@ class Site:
         assert self.pool is not None
         if self.pool.selector is None:
             chosen = [self.pool.examples[i] for i in kept]
-            return self.template.model_copy(update={"examples": chosen, "example_selector": None})
+            return copied(self.template, examples=chosen, example_selector=None)
         removed = [e for i, e in self.pool.examples.items() if i not in set(kept)]
         selector = PrunedExampleSelector(self.pool.selector, removed)
-        return self.template.model_copy(update={"examples": None, "example_selector": selector})
+        return copied(self.template, examples=None, example_selector=selector)
 
     def _with_turns(self, turns: Sequence[Any]) -> Any:
         at = turn_pairs(self.template)
         items = self.template.messages
-        return self.template.model_copy(update={"messages": [*items[: at.start], *turns, *items[at.stop :]]})
+        return copied(self.template, messages=[*items[: at.start], *turns, *items[at.stop :]])
 
 
 def open_site(
@@ -256,7 +254,7 @@ def _output_key(template: Any, given: str | None) -> str:
     if isinstance(prompt, PromptTemplate) and prompt.template_format == "f-string":
         order = [n for _, n, _, _ in string.Formatter().parse(prompt.template) if n in names]
         if order:
-            return order[-1]  # the answer stands last
+            return str(order[-1])  # the answer stands last
     raise InputError(
         f"output_key: which of {', '.join(sorted(names))} is the answer of an example cannot be told.",
         hint="Name it with output_key=.",

@@ -82,6 +82,8 @@ def ask_labels(
     candidates: Sequence[str],
     known: dict[str, bool],
     lock: threading.Lock,
+    *,
+    must_agree: bool = False,
 ) -> ScoreResult:
     """Ask for labels by log-probabilities where the model gives them, else by its text; finds out once.
 
@@ -94,10 +96,14 @@ def ask_labels(
         ``{"logprobs": bool}`` once it is known; shared by all calls of one model.
     lock : threading.Lock
         Held while it is found out, so that one call does.
+    must_agree : bool
+        Where the text is not the model's own, use log-probabilities only if the first answer's most likely label is the
+        one that the text names: a chain may give another label than its model begins with (a parser that maps, an answer
+        behind an explanation).
     """
     with lock:
         if "logprobs" not in known:
-            return _find_out(ask, candidates, known)
+            return _find_out(ask, candidates, known, must_agree)
     message, text, usage, model = ask(known["logprobs"])
     if not known["logprobs"]:
         return score_from_text(text, candidates, usage=usage, model_returned=model)
@@ -113,6 +119,7 @@ def _find_out(
     ask: Callable[[bool], tuple[Any, str | None, Usage, str | None]],
     candidates: Sequence[str],
     known: dict[str, bool],
+    must_agree: bool,
 ) -> ScoreResult:
     try:
         message, text, usage, model = ask(True)
@@ -124,8 +131,27 @@ def _find_out(
         message, text, usage, model = ask(False)
         return score_from_text(text, candidates, usage=usage, model_returned=model)
     result = _by_logprobs(message, candidates, usage, model)
+    by_text = score_from_text(text, candidates, usage=usage, model_returned=model)
+    if result is not None and must_agree and not _handed_on(message, text):
+        first = _named(result)
+        if first is None or first != _named(by_text):
+            result = None
     known["logprobs"] = result is not None
-    return score_from_text(text, candidates, usage=usage, model_returned=model) if result is None else result
+    return by_text if result is None else result
+
+
+def _handed_on(message: Any, text: str | None) -> bool:
+    """Whether a chain's output is its model's answer as it stands."""
+    own = message if isinstance(message, str) else getattr(message, "content", None)
+    return isinstance(own, str) and text is not None and own.strip() == text.strip()
+
+
+def _named(result: ScoreResult) -> int | None:
+    """The label that a result names; ``None`` if it is censored throughout, or names none."""
+    known = {k: value for k, value in enumerate(result.logprobs) if value is not None}
+    if not known or (len(known) > 1 and all(result.censored)):
+        return None
+    return max(known, key=lambda k: known[k])
 
 
 def _by_logprobs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,7 @@ from proxyprompt.report import render_markdown
 
 from ._finding import find_template, language_models, replace_parts
 from ._materialize import written_out
-from ._running import ChainRunner, Outcome, RunFailedError, describe
+from ._running import ChainRunner, LoopJob, Outcome, RunFailedError, describe
 from ._site import Site, open_site
 from .models import TOP_LOGPROBS, ChatModelBackend, ask_labels, model_identity, uncached
 
@@ -181,19 +182,29 @@ def prune_examples(
 
 
 async def aprune_examples(chain: Runnable[Any, Any], *, queries: Queries, **options: Any) -> PrunedChain:
-    """:func:`prune_examples` for chains that are asynchronous: every run is awaited on the loop of the caller."""
-    loop = asyncio.get_running_loop()
+    """:func:`prune_examples` for chains that are asynchronous: every run is awaited on the loop of the caller.
+
+    When it is cancelled, the runs under way are cancelled and no other is begun; what was answered is in the ledger.
+    """
     given = dict(_DEFAULTS, chain=chain, queries=queries)
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
         raise InputError(f"aprune_examples: unknown {unknown}; allowed: {', '.join(sorted(_DEFAULTS))}.")
-    return await asyncio.to_thread(_prune, given | options, loop)
+    job = LoopJob(asyncio.get_running_loop())
+    work = asyncio.ensure_future(asyncio.to_thread(_prune, given | options, job))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        job.stop()  # a thread cannot be cancelled: without this it would go on spending
+        with contextlib.suppress(Exception):
+            await asyncio.shield(work)
+        raise
 
 
-_DEFAULTS: dict[str, Any] = dict(prune_examples.__kwdefaults__)
+_DEFAULTS: dict[str, Any] = dict(prune_examples.__kwdefaults__ or {})
 
 
-def _prune(given: Mapping[str, Any], loop: asyncio.AbstractEventLoop | None) -> PrunedChain:
+def _prune(given: Mapping[str, Any], loop: LoopJob | None) -> PrunedChain:
     chain, labels = given["chain"], given["labels"]
     if labels is not None and given["metric"] is not None:
         raise InputError(
@@ -306,7 +317,7 @@ class _Parts:
         site: Site,
         asked: Mapping[str, Any],
         given: Mapping[str, Any],
-        loop: asyncio.AbstractEventLoop | None,
+        loop: LoopJob | None,
     ) -> None:
         self._site, self._asked, self._given = site, asked, given
         models = language_models(chain)
@@ -419,7 +430,7 @@ class _Parts:
             return outcome.message, output if isinstance(output, str) else None, outcome.usage, outcome.model
 
         try:
-            return ask_labels(ask, request.candidates, self._known, self._lock)
+            return ask_labels(ask, request.candidates, self._known, self._lock, must_agree=True)
         except RunFailedError as failed:
             n = len(request.candidates)
             return ScoreResult(
