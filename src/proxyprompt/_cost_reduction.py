@@ -50,11 +50,17 @@ def cost_reduction(result: Result) -> dict[str, Any] | None:
     """What oracle explanations would cost, over what was paid instead; ``None`` when nothing was screened.
 
     ``CRR = C_oracle / (C_proxy + C_fallback + C_screen)`` [PE 4.3.1]. The numerator is the proxy's own number of
-    coalitions, asked of the target on every explain query.
+    coalitions, asked of the target on every explain query. Answers that another run had bought count as if this one had,
+    so that the ratio is that of the method and not of what happened to be in the ledger.
     """
     if result.screening is None or not result.oracle_prompt_tokens:
         return None
-    spent, pricing = result.spent, result.pricing
+    spent, pricing = [_as_if_bought(row) for row in result.spent], result.pricing
+    elsewhere = sum(
+        row["calls"] - was["calls"]
+        for row, was in zip(spent, result.spent, strict=True)
+        if row["stage"] in _EXPLAINING and row["role"] == "target"
+    )
     screen = stage_cost(spent, pricing, ("screen",), "target")
     fallback = stage_cost(spent, pricing, ("attribute",), "target")
     proxy = stage_cost(spent, pricing, _EXPLAINING, "proxy")
@@ -84,7 +90,24 @@ def cost_reduction(result: Result) -> dict[str, Any] | None:
             fallback.to_dict("fallback and instance screen: the target explains"),
             screen.to_dict("screen: the target's side of the pairs"),
         ],
-        "text": _text(calls, local),
+        "text": _text(calls, local, elsewhere),
+    }
+
+
+def _as_if_bought(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with what its stage's answers cost when they were bought, also where another run bought them."""
+    calls = row["found_now"] + row["bought_now"]
+    if calls <= row["calls"]:
+        return row
+    prompt = row["found_prompt_tokens"] + row["bought_prompt_tokens"]
+    completion = row["found_completion_tokens"] + row["bought_completion_tokens"]
+    return {
+        **row,
+        "calls": calls,
+        "tokens": prompt + completion,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cached_tokens": max(row["cached_tokens"], row["found_cached_tokens"]),
     }
 
 
@@ -110,14 +133,20 @@ def _at_target_price(proxy: StageCost, pricing: Pricing) -> int:
     return round(proxy.money / target.rates.input * 1_000_000)
 
 
-def _text(calls: int, local: bool) -> str:
+def _text(calls: int, local: bool, elsewhere: int) -> str:
     where = (
         "Proxies ran on this machine and are counted as free."
         if local
         else "Proxies count at their price; one without a price as if its tokens cost what the target's do."
     )
-    return (
+    text = (
         f"Oracle: {calls} target calls for explanations with the same number of coalitions as the proxy's, at the mean"
         f" length of a prompt with half of its demonstrations. The ratio in calls is of target calls. {where} Screening is"
         " paid once per task and shared by every later explanation."
     )
+    if elsewhere:
+        text += (
+            f" {elsewhere} of the target calls counted here were recorded by other runs and cost nothing now; they count at"
+            " what they took then."
+        )
+    return text

@@ -19,10 +19,21 @@ from .errors import InputError
 from .metering import Meter
 from .money import Call, bill_call
 from .prompt import Query
-from .screening import ProxyScreening, Screening, agreement, averaged, plan_screen, screen
+from .screening import ProxyScreening, Screening, ScreeningPlan, agreement, averaged, plan_screen, screen
 from .value_function import Values
 
-__all__ = ["Explanation", "ask_members", "explain", "oracle_queries", "screen_proxies", "screening_rows"]
+__all__ = [
+    "Explanation",
+    "ask_members",
+    "explain",
+    "oracle_queries",
+    "screen_proxies",
+    "screening_plan",
+    "screening_rows",
+]
+
+_LEAST_GAIN = 0.005
+"""Share of the sampling error that proxies must explain to be let into the target's attributions."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +82,7 @@ def screen_proxies(run: Run) -> Screening | None:
     design, judges = rows
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
-    together = s.screening_ensemble and len(run.proxies) > 1
-    plan_ahead = plan_screen(
-        len(run.splits["explain"]),
-        len(run.proxies) + together,
-        method=s.screening_method,
-        on=s.screening_on,
-        tau=s.screening_tau,
-        delta=s.screening_delta,
-        max_pairs=s.max_pairs,
-        n_judge=len(judges),
-    )
-    run.watch.note(plan_ahead.text)
+    run.watch.note(screening_plan(run, len(judges)).text)
 
     def ask(meter: Meter) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
         return lambda queries, rows: run.evaluate(meter, queries, "screen", rows)
@@ -99,13 +99,32 @@ def screen_proxies(run: Run) -> Screening | None:
         on=s.screening_on,
         tau=s.screening_tau,
         delta=s.screening_delta,
-        ensemble=together,
+        ensemble=_with_ensemble(run),
         max_pairs=s.max_pairs,
         block=s.screening_block,
     )
-    for proxy in screening.proxies:
+    for proxy in screening.proxies[: screening.plan.n_screened]:
         run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
     return screening
+
+
+def _with_ensemble(run: Run) -> bool:
+    return run.settings.screening_ensemble and len(run.proxies) > 1
+
+
+def screening_plan(run: Run, n_judge: int) -> ScreeningPlan:
+    """What the screen of this run can find, and which candidates it asks at all."""
+    s = run.settings
+    return plan_screen(
+        len(run.splits["explain"]),
+        len(run.proxies) + _with_ensemble(run),
+        method=s.screening_method,
+        on=s.screening_on,
+        tau=s.screening_tau,
+        delta=s.screening_delta,
+        max_pairs=s.max_pairs,
+        n_judge=n_judge,
+    )
 
 
 def screening_rows(run: Run) -> tuple[Design, NDArray[np.bool_]] | None:
@@ -220,9 +239,14 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
     if screening is None:
         why = "No proxy model was screened; the target explains itself."
     else:
-        what = ", ".join(f"{p.name} {p.decision}" for p in screening.proxies)
+        what = ", ".join(
+            f"{p.name} {p.decision if k < screening.plan.n_screened else 'not screened'}"
+            for k, p in enumerate(screening.proxies)
+        )
         why = (
-            f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
+            f"{screening.plan.text} So the target explains itself."
+            if not screening.plan.n_screened
+            else f"The screen accepted no proxy ({what}), so the target explains itself; its answers bought for the"
             " screen are used again."
             if not screening.accepted
             else f"Accepted by the screen ({what}), but agreeing with the target on too few queries; so the target explains"
@@ -335,7 +359,8 @@ def _calibrate(
         rng=run.rng(20),
         measured_design=design,
     )
-    if not found.lam.any():
+    # Weights that the other folds chose and this one does not confirm add noise and no precision.
+    if not found.lam.any() or found.rho2 < _LEAST_GAIN:
         run.notes.append(
             f"{', '.join(run.proxies)} would not have made the target's attributions more precise; they are its own."
         )

@@ -25,23 +25,27 @@ class ScreeningPlan:
         Error of each candidate's rule.
     max_pairs : int
         Pairs that are possible.
-    earliest : int
-        Pairs after which a proxy as good as the target itself is accepted; 2 for the paper's rule.
+    earliest : int or None
+        Pairs after which a proxy as good as the target itself is accepted; 2 for the paper's rule. ``None``: there are
+        too few queries for that.
     detectable : float
         Mean difference ``q_proxy - tau * q_oracle`` that is found in about 80 of 100 cases if the differences scatter by
         0.15: that of a test of the same level after all pairs, and at least what the largest safe bet needs.
     chance : float
         What agreement of attributions reaches by chance, and is taken off; 0 for fidelity.
     text : str
+    n_screened : int
+        Candidates that are screened, the first of those given; fewer than all, or none, where queries are few.
     """
 
     on: str
     level: float
     max_pairs: int
-    earliest: int
+    earliest: int | None
     detectable: float
     chance: float
     text: str
+    n_screened: int
 
 
 @dataclass(frozen=True)
@@ -182,8 +186,8 @@ class Screening:
     target_pairs: int = 0
 
     @property
-    def smallest_n(self) -> int:
-        """Pairs before which nothing is accepted unless it does better than the target itself."""
+    def smallest_n(self) -> int | None:
+        """Pairs before which nothing is accepted unless it does better than the target itself; ``None``: never."""
         return self.plan.earliest
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ._explaining import oracle_queries, screening_rows
+from ._explaining import oracle_queries, screening_plan, screening_rows
 from ._request_keys import RequestKeys
 from ._run import Run, Silent
 from ._shrinking import certificate_method
@@ -370,6 +370,15 @@ class _Plan:
     def of_target(self) -> bool:
         return self.model.role == "target"
 
+    @property
+    def screened(self) -> bool:
+        """Whether the screen asks this model anything; with few queries some proxies are left out, or all."""
+        assert self.rows is not None
+        plan, names = screening_plan(self.run, len(self.rows[1])), list(self.run.proxies)
+        if self.of_target or plan.n_screened > len(names):  # the ensemble asks all of them
+            return plan.n_screened > 0
+        return names.index(self.model.name) < plan.n_screened
+
     def size(self, split: str) -> int:
         return len(self.run.splits[split])
 
@@ -397,7 +406,7 @@ class _Plan:
 
     def screen(self) -> _Work | None:
         """All queries, the full prompt first; where proxy and target agree, all coalitions."""
-        if self.rows is None:
+        if self.rows is None or not self.screened:
             return None
         queries, s = self.run.splits["explain"], self.run.settings
         order = [queries[int(i)] for i in self.run.rng(3).permutation(len(queries))]
@@ -417,6 +426,13 @@ class _Plan:
             exact = self.model.fresh(oracle_queries(queries, [], s.oracle_queries), design.coalitions)
             return _Work(exact, exact, exact)
         fitted = self.rows[0].n_coalitions
+        if not screening_plan(run, len(self.rows[1])).n_screened:
+            asked_first = oracle_queries(queries, [], s.oracle_queries)
+            if not self.of_target and run.wide is None:
+                return None
+            rows = self.rows[0] if self.of_target or run.wide is None else run.wide
+            exact = self.model.fresh(asked_first, rows.coalitions)
+            return _Work(exact, exact, exact)
         if self.of_target:
             # A proxy explains: the full prompt everywhere. None does: what the screen has not bought of so many queries.
             asked = min(len(queries), s.oracle_queries or 30)

@@ -51,7 +51,8 @@ class StageStats:
     """What was asked and what it took; ``requested = deduplicated + reused + bought + failed``.
 
     ``deduplicated`` counts repetitions within a batch, ``reused`` answers found in the ledger, ``seconds``
-    the time spent waiting for the backend.
+    the time spent waiting for the backend. ``found`` counts those reused answers that this meter had not had before: what
+    would have been bought with an empty ledger.
     """
 
     requested: int = 0
@@ -63,6 +64,10 @@ class StageStats:
     completion_tokens_bought: int = 0
     prompt_tokens_reused: int = 0
     completion_tokens_reused: int = 0
+    found: int = 0
+    prompt_tokens_found: int = 0
+    completion_tokens_found: int = 0
+    cached_tokens_found: int = 0
     seconds: float = 0.0
 
 
@@ -134,6 +139,7 @@ class Meter:
         self._patience = patience
         self._lock = threading.Lock()
         self._counts: dict[str, dict[str, Any]] = {}
+        self._had: set[str] = set()
         self._bytes = self._prompt_tokens = 0
         self._excess = Decimal(1)
         if limits is not None and limits.max_money is not None:
@@ -255,6 +261,8 @@ class Meter:
         def advance(new: Mapping[str, A]) -> None:
             nonlocal done
             results.update(new)
+            with self._lock:
+                self._had.update(new)
             done += sum(copies[key] for key in new)
             if progress is not None:
                 progress(done, len(keys))
@@ -348,6 +356,7 @@ class Meter:
             return {}
         results: dict[str, A] = {}
         prompt = completion = 0
+        new: list[Usage] = []
         for key, row in self.ledger.lookup(keys).items():
             try:
                 results[key] = kind.decode(row.body, row.usage, row.model_returned)
@@ -358,7 +367,19 @@ class Meter:
                 ) from error
             prompt += row.usage.prompt_tokens
             completion += row.usage.completion_tokens
-        self._count(stage, prompt_tokens_reused=prompt, completion_tokens_reused=completion)
+            if key not in self._had:
+                new.append(row.usage)
+        self._count(
+            stage,
+            prompt_tokens_reused=prompt,
+            completion_tokens_reused=completion,
+            found=len(new),
+            prompt_tokens_found=sum(u.prompt_tokens for u in new),
+            completion_tokens_found=sum(u.completion_tokens for u in new),
+            cached_tokens_found=sum(u.cached_tokens for u in new),
+        )
+        with self._lock:
+            self._had.update(results)
         return results
 
     def cancel_batches(self) -> list[str]:

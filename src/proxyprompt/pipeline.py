@@ -394,7 +394,10 @@ def _oracle_tokens(run: Run, compression: Compression) -> float:
 
 
 def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
-    """Per stage and model: calls and tokens of this run in the ledger, and what this process bought."""
+    """Per stage and model: calls and tokens of this run in the ledger, what this process bought, and what it found there.
+
+    ``found_*`` may have been bought by this run or by others; each answer counts once, in the first stage that used it.
+    """
     rows = []
     by_role: tuple[tuple[CallRole, list[Meter]], ...] = (
         ("target", [run.target]),
@@ -421,6 +424,12 @@ def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
                         "bought_now": now.bought if now else 0,
                         "reused_now": now.reused if now else 0,
                         "tokens_now": now.prompt_tokens_bought + now.completion_tokens_bought if now else 0,
+                        "found_now": now.found if now else 0,
+                        "found_prompt_tokens": now.prompt_tokens_found if now else 0,
+                        "found_completion_tokens": now.completion_tokens_found if now else 0,
+                        "found_cached_tokens": now.cached_tokens_found if now else 0,
+                        "bought_prompt_tokens": now.prompt_tokens_bought if now else 0,
+                        "bought_completion_tokens": now.completion_tokens_bought if now else 0,
                     }
                 )
     return tuple(rows)

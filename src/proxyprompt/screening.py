@@ -109,28 +109,49 @@ def plan_screen(
     Raises
     ------
     InputError
-        If the settings could not accept even a perfect proxy, or contradict each other.
+        If the settings could not accept even a perfect proxy with any number of queries, or contradict each other.
+
+    Notes
+    -----
+    Too few queries are no error: then as many candidates are screened, the first ones, as can share ``delta`` and still be
+    accepted; none, if not even one can (``n_screened = 0``, ``earliest = None``). That is settled before any data are seen,
+    so the chance that any candidate is wrongly accepted stays ``delta``.
 
     Examples
     --------
     >>> plan = plan_screen(200)
     >>> plan.earliest, round(plan.detectable, 2)
     (29, 0.05)
+    >>> plan_screen(20, 3).n_screened, plan_screen(10).n_screened
+    (2, 0)
     """
     decides = _check_rule(method, on, tau, delta)
-    n_max = min(max_pairs, n_queries)
-    level = delta / n_candidates if method == "betting" else delta
     chance = chance_agreement(n_judge) if decides == "attribution" else 0.0
-    earliest: int | None = 2
-    if method == "betting":
-        earliest = earliest_acceptance(tau=tau, delta=level, max_pairs=n_max, chance=chance)
-    if earliest is None:
+
+    def earliest_of(candidates: int, pairs: int) -> int | None:
+        if method == "paper":
+            return 2 if pairs >= 2 else None
+        return earliest_acceptance(tau=tau, delta=delta / candidates, max_pairs=pairs, chance=chance)
+
+    if earliest_of(n_candidates, max_pairs) is None:
+        level = delta / n_candidates
         raise InputError(
-            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within the"
-            f" {n_max} pairs that are possible; no rule at all can accept one before"
+            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within"
+            f" max_pairs={max_pairs}; no rule at all can accept one before"
             f" {smallest_possible_acceptance(tau, 1.0, level)}.",
-            hint="Give more queries to explain, lower tau, or raise delta.",
+            hint="Raise max_pairs or delta, or lower tau.",
         )
+    n_max = min(max_pairs, n_queries)
+    n_screened = next((m for m in range(n_candidates, 0, -1) if earliest_of(m, n_max) is not None), 0)
+    level = delta / max(n_screened, 1) if method == "betting" else delta
+    if not n_screened:
+        needed = next(n for n in range(n_max + 1, max_pairs + 1) if earliest_of(1, n) is not None)
+        text = (
+            f"No proxy was screened: with {n_queries} queries to explain not even a perfect one could be accepted"
+            f" (tau {tau:g}, delta {delta:g}); that takes {needed} or more. Nothing was asked for it."
+        )
+        return ScreeningPlan(decides, level, n_max, None, float("inf"), chance, text, 0)
+    earliest = earliest_of(n_screened, n_max)
     normal = NormalDist()
     by_noise = (normal.inv_cdf(1 - level) + normal.inv_cdf(0.8)) * _TYPICAL_SPREAD / sqrt(n_max)
     by_range = tau * (level ** (-1 / n_max) - 1)
@@ -150,7 +171,12 @@ def plan_screen(
             f" One that is better than {tau:g} of the target's own by {detectable:.2f} on average is found in about four"
             f" screens of five (for differences that scatter by {_TYPICAL_SPREAD:g})."
         )
-    return ScreeningPlan(decides, level, n_max, earliest, detectable, chance, text)
+    if n_screened < n_candidates:
+        text += (
+            f" Only the first {n_screened} of {n_candidates} candidates {'is' if n_screened == 1 else 'are'} screened: with"
+            f" {n_queries} queries to explain, none could be accepted if all of them shared delta."
+        )
+    return ScreeningPlan(decides, level, n_max, earliest, detectable, chance, text, n_screened)
 
 
 def screen(
@@ -209,10 +235,13 @@ def screen(
     Raises
     ------
     InputError
-        If the settings could not accept even a perfect proxy, or nothing is given to screen.
+        If the settings could not accept even a perfect proxy with any number of queries, or nothing is given to screen.
 
     Notes
     -----
+    With too few queries some or all candidates stay undecided without a pair, and nothing is asked for them
+    (:func:`plan_screen`); ``rule.note`` says why.
+
     A query on which the deciding evidence cannot be had (the target's held-out values do not vary, or too much is
     missing) makes no pair.
     """
@@ -233,8 +262,9 @@ def screen(
     bought: list[str] = []
     asked = 0
     order = [queries[int(i)] for i in rng.permutation(len(queries))]
+    screened = candidates[: plan.n_screened]
     for start in range(0, len(order), block):
-        active = [c for c in candidates if _open(c, decisions.get(c.name), plan)]
+        active = [c for c in screened if _open(c, decisions.get(c.name), plan)]
         if not active:
             break
         part = order[start : start + block]
@@ -245,7 +275,10 @@ def screen(
         for c in active:
             decisions[c.name] = _decide(c, method, tau, plan)
     return Screening(
-        proxies=tuple(_result(c, judges, method, tau, plan) for c in candidates),
+        proxies=tuple(
+            _result(c, judges, method, tau, plan) if c in screened else _untested(c, tau, plan)
+            for c in candidates
+        ),
         method=method,
         on=plan.on,
         tau=tau,
@@ -316,6 +349,37 @@ def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: Screeni
         target_pairs=c.target_pairs,
         rank_correlation=rank,
         top_mass=mass,
+    )
+
+
+def _untested(c: Candidate, tau: float, plan: ScreeningPlan) -> ProxyScreening:
+    """A candidate that so few queries could not have decided; it was asked nothing."""
+    rule = SequentialDecision(
+        decision="undecided",
+        n_used=0,
+        path=(),
+        method="none",
+        settings={"tau": tau, "delta": plan.level, "max_pairs": plan.max_pairs, "chance": plan.chance},
+        note="Not screened, and not asked: too few queries"
+        + (" for so many candidates." if plan.n_screened else "."),
+        reason="out_of_data",
+    )
+    kinds = {
+        kind: Evidence(kind, (), (), (), plan.chance if kind == plan.on else 0.0, None) for kind in KINDS
+    }
+    return ProxyScreening(
+        name=c.name,
+        members=c.members,
+        decision=rule.decision,
+        rule=rule,
+        other_rule=None,
+        decided_by=kinds[plan.on],
+        beside=kinds["fidelity" if plan.on == "attribution" else "attribution"],
+        n_seen=0,
+        n_agree=0,
+        target_pairs=0,
+        rank_correlation=None,
+        top_mass=None,
     )
 
 

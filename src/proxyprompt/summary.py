@@ -454,7 +454,7 @@ def _screening(result: Result) -> dict[str, Any] | None:
                 "mean_agreement_proxy": reasons[0],
                 "mean_agreement_oracle": reasons[1],
                 "beside": p.beside.rule and f"{p.beside.rule.decision} after {p.beside.rule.n_used} pairs",
-                "agreement": p.agreement_rate if p.n_seen else 0.0,
+                "agreement": p.agreement_rate if p.n_seen else None,
                 "members": list(p.members),
                 "n_seen": p.n_seen,
                 "target_pairs": p.target_pairs,

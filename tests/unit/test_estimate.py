@@ -153,6 +153,8 @@ CASES: list[dict[str, Any]] = [
     {"n": 8, "noise": 3.0, "screening_method": "paper", "max_pairs": 12},
     {"n": 9, "same": True, "proxies": 0},
     {"n": 8, "text": True},
+    {"n": 8, "proxies": 2, "explain": 10},  # too few queries to screen any proxy
+    {"n": 8, "proxies": 3, "explain": 20},  # to screen all of them
 ]
 
 
@@ -166,7 +168,7 @@ def test_what_a_run_asks_lies_within_the_bounds_and_what_is_recorded_is_subtract
 ) -> None:
     given = dict(case)
     n, n_proxies, noise = given.pop("n", 8), given.pop("proxies", 1), given.pop("noise", 0.4)
-    few_shot, parts = prompt(n, given.pop("same", False)), splits(24, 20, 30)
+    few_shot, parts = prompt(n, given.pop("same", False)), splits(given.pop("explain", 24), 20, 30)
     task: Task = TextTask(max_tokens=16) if given.pop("text", False) else LabelTask(LABELS)
     settings = Settings(
         seed=seed,

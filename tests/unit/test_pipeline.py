@@ -119,6 +119,22 @@ def test_an_accepted_proxy_explains_and_the_target_confirms_and_certifies(accept
     assert accepted.certificate.shipped.performance > accepted.certificate.full.performance
 
 
+def test_with_too_few_queries_to_screen_the_target_explains_itself(tmp_path: Path) -> None:
+    result = run(tmp_path, Model("target"), Model("proxy"), splits=splits(explain=9))
+    assert result.screening is not None
+    assert [p.decision for p in result.screening.proxies] == ["undecided"]
+    assert not [row for row in result.spent if row["stage"] == "screen"]
+    assert result.explanation.role == "target"
+    assert "with 9 queries to explain not even a perfect one could be accepted" in result.explanation.why
+    assert set(result.explanation.query_ids) == {f"explain{i}" for i in range(9)}
+    summary = build_artifact(result).summary
+    (shown,) = summary["screening"]["proxies"]
+    assert (shown["decision"], shown["agreement"], shown["path"]) == ("not_tested", None, None)
+    for text in (render_html(summary), render_markdown(summary)):
+        assert "not tested" in text
+        assert "too few queries" in text
+
+
 def test_the_artifact_and_the_reports_say_so(accepted: Result, tmp_path: Path) -> None:
     artifact = build_artifact(accepted, created="2026-01-01T00:00:00+00:00")
     artifact.save(tmp_path / "artifact.json")
@@ -384,6 +400,25 @@ def test_every_candidate_shows_what_it_bought_and_the_ratio_its_terms(tmp_path: 
     for text in (render_html(summary), render_markdown(summary)):
         assert "Target values bought for it" in text
         assert "Term of the ratio" in text
+
+
+def test_the_ratio_counts_what_another_run_had_bought(tmp_path: Path) -> None:
+    given = {"fit_coalitions": 64, "proxy_coalitions": 96, "price_input_per_million": 2.0}
+    models = Model("target"), Model("contrary", sign=-1.0), Model("proxy")
+    first = run(tmp_path, *models, settings=Settings(**given))  # type: ignore[arg-type]
+    again = run(tmp_path, *models, settings=Settings(**given, clean_level=0.01))  # type: ignore[arg-type]
+    assert first.run != again.run
+    assert not [r for r in again.spent if r["stage"] in ("screen", "attribute") and r["calls"]]
+    bought, found = (build_artifact(r).summary["cost"]["crr"] for r in (first, again))
+    assert {k: found[k] for k in ("calls", "tokens", "money")} == pytest.approx(
+        {k: bought[k] for k in ("calls", "tokens", "money")}
+    )
+    assert [t["calls"] for t in found["terms"]] == [t["calls"] for t in bought["terms"]]
+    assert "recorded by other runs" in found["text"]
+    assert "recorded by other runs" not in bought["text"]
+    # A second pass of the same run is its own, not another's.
+    same = build_artifact(run(tmp_path, *models, settings=Settings(**given))).summary["cost"]["crr"]  # type: ignore[arg-type]
+    assert same == bought
 
 
 def test_more_coalitions_are_bought_for_a_wanted_error_within_calls(tmp_path: Path) -> None:

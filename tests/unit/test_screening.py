@@ -58,7 +58,7 @@ class Planted:
         )
 
 
-def go(target: Planted, proxies: dict[str, Planted], **options: object):  # type: ignore[no-untyped-def]
+def go(target: Planted, proxies: dict[str, Planted], n: int = 60, **options: object):  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(5)
     explainer = KernelSHAP()
     design = explainer.design(N, 32, rng=rng)
@@ -66,7 +66,7 @@ def go(target: Planted, proxies: dict[str, Planted], **options: object):  # type
     return screen(
         target,
         proxies,
-        QUERIES,
+        QUERIES[:n],
         explainer=explainer,
         design=design,
         judge_coalitions=judges,
@@ -245,6 +245,34 @@ def test_the_plan_says_what_can_be_found_before_anything_is_asked() -> None:
     assert f"after {plan.earliest}" in plan.text
     assert plan_screen(40, 2, on="fidelity").earliest <= plan.earliest
     assert plan_screen(400).detectable < plan_screen(40).detectable
+
+
+def test_with_too_few_queries_all_stay_undecided_and_nothing_is_asked() -> None:
+    target, proxy = Planted(GOOD, seed=1), Planted(GOOD, seed=2)
+    result = go(target, {"p": proxy}, n=10)
+    assert target.asked == proxy.asked == []
+    (undecided,) = result.proxies
+    assert (undecided.decision, undecided.rule.n_used, undecided.n_seen) == ("undecided", 0, 0)
+    assert (result.plan.n_screened, result.plan.earliest, result.accepted) == (0, None, ())
+    assert "too few queries" in undecided.rule.note
+    assert "with 10 queries to explain not even a perfect one" in result.plan.text
+    assert json.dumps(result.to_dict(), allow_nan=False)
+    # What it says is needed is what is needed.
+    needed = int(result.plan.text.split("that takes ")[1].split()[0])
+    assert plan_screen(needed, n_judge=16).n_screened == 1
+    assert plan_screen(needed - 1, n_judge=16).n_screened == 0
+
+
+def test_few_queries_screen_the_first_candidates_only() -> None:
+    target = Planted(GOOD, seed=1)
+    proxies = {name: Planted(GOOD, seed=k) for k, name in enumerate("abc", start=2)}
+    result = go(target, proxies, n=20, ensemble=True)
+    n = result.plan.n_screened
+    assert 1 <= n < 4
+    assert result.plan.level == pytest.approx(0.05 / n)
+    assert f"first {n} of 4 candidates" in result.plan.text
+    assert [p.n_seen > 0 for p in result.proxies] == [k < n for k in range(4)]
+    assert all(bool(proxies[name].asked) == (k < n) for k, name in enumerate("abc"))
 
 
 def test_no_proxy_is_an_error() -> None:
