@@ -31,6 +31,8 @@ class BatchServer:
         """For the n-th line a status to fail with, ``"expire"``, ``"lose"``, or ``None`` to answer."""
         self.refuse: str | None = None
         self.cut_creation = 0
+        self.answers: dict[str, int] = {}
+        """Statuses in place of what posting to a path would do."""
         self.live: list[dict[str, Any]] = []
         self.lines_run = 0
         self.lock = threading.RLock()
@@ -142,7 +144,9 @@ def batch_server(upstream: str) -> Iterator[BatchServer]:
             raw = self.rfile.read(int(self.headers["content-length"]))
             path = self.path.removeprefix("/v1/")
             with account.lock:
-                if path == "files":
+                if path in account.answers:
+                    self._send(account.answers[path], {"error": {"message": "no"}})
+                elif path == "files":
                     self._send(200, account.upload(_part(self.headers["content-type"], raw)))
                 elif path == "batches":
                     made = account.create(json.loads(raw))

@@ -274,13 +274,50 @@ class TestFaults:
     def test_a_batch_that_is_refused_says_why(self, account: BatchServer) -> None:
         account.refuse = "Enqueued token limit reached"
         journal = MemoryJournal([f"{k:064x}" for k in range(len(REQUESTS))])
-        got: list[int] = []
+        got: list[Any] = []
         with pytest.raises(
             BackendError, match="refused the batch batch_1 of 5 requests: Enqueued token limit"
         ) as caught:
-            got.extend(i for block in batched(account).score(REQUESTS, journal=journal) for i, _ in block)
+            got.extend(pair for block in batched(account).score(REQUESTS, journal=journal) for pair in block)
         assert "lower batch_size" in caught.value.hint
-        assert (got, journal.read()) == ([0], {})
+        answered = {index: result.error is None for index, result in got}
+        assert (answered, journal.read()) == ({0: True, **dict.fromkeys(range(1, 6), False)}, {})
+
+    @pytest.mark.parametrize("where", ["upload", "creation", "validation"])
+    def test_what_was_refused_is_not_spent(self, account: BatchServer, tmp_path: Path, where: str) -> None:
+        price = own_price(input=1_000_000, output=0)
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            asking = Meter(batched(account), ledger, role="target", run="r", price=price)
+            [first] = asking.score(REQUESTS[:1], stage="s")
+            if where == "validation":
+                account.refuse = "Enqueued token limit reached"
+            else:
+                account.answers = {"files" if where == "upload" else "batches": 401}
+            with pytest.raises(BackendError, match=r"HTTP 401|refused the batch"):
+                asking.score(REQUESTS, stage="s")
+            totals = ledger.totals(run="r")
+            assert (totals.done, totals.failed, totals.unknown, totals.open) == (1, 5, 0, 0)
+            assert totals.money["USD"] == first.usage.prompt_tokens
+            # The right key, and the run goes on as if nothing had been.
+            account.refuse, account.answers = None, {}
+            assert all(r.error is None for r in asking.score(REQUESTS, stage="s"))
+            assert ledger.totals(run="r").done == 6
+
+    def test_an_upload_that_fails_for_load_is_not_spent_but_a_creation_may_be(
+        self, account: BatchServer, tmp_path: Path
+    ) -> None:
+        for place, unknown in (("files", 0), ("batches", 5)):
+            with Ledger(tmp_path / f"{place}.sqlite") as ledger:
+                asking = meter(account, ledger, max_tries=1)
+                asking.score(REQUESTS[:1], stage="s")
+                account.answers = {place: 503}
+                with pytest.raises(RetryableBackendError):
+                    asking.score(REQUESTS, stage="s")
+                assert ledger.totals(run="r").unknown == unknown
+                account.answers = {}
+                assert all(r.error is None for r in asking.score(REQUESTS, stage="s"))
+                totals = ledger.totals(run="r")
+                assert (totals.done, totals.unknown) == (6, 0)
 
     def test_nothing_is_sent_to_a_server_that_answers_nothing_readable(self) -> None:
         with scripted_server() as server:

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest, ScoreResult
+from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest, ScoreResult, Usage
 from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, RetryableBackendError
 
@@ -286,7 +286,8 @@ class TestFaults:
                 for block in backend(server, max_tries=2).score([ScoreRequest("p", LABELS)] * 40)
                 for pair in block
             )
-        assert len(got) == 4
+        assert len(got) == 5
+        assert all(result.uncertain == 0 for _, result in got)
         assert len(server.requests) == 10
 
     def test_no_answer_in_time_is_lost_and_counted(self, server: Scripted) -> None:
@@ -323,6 +324,10 @@ class TestFaults:
     ) -> None:
         server.replies = [reply]
         blocks = backend(server).score([ScoreRequest("p", LABELS)] * 9)
+        # The refused request is one without an answer, so that its call is not held for billed.
+        [(index, refused)] = next(blocks)
+        assert (index, refused.uncertain, refused.usage) == (0, 0, Usage())
+        assert "HTTP" in (refused.error or "")
         with pytest.raises(BackendError, match=f"'m' at {server.url}: HTTP .*{message}") as caught:
             next(blocks)
         assert isinstance(caught.value.__cause__, openai.APIStatusError)
@@ -345,10 +350,11 @@ class TestFaults:
         blocks = backend(server, concurrency=2).score(
             [ScoreRequest(str(k), LABELS) for k in range(9)], on_send=sent.extend
         )
-        got: list[int] = []
+        got: list[Any] = []
         with pytest.raises(BackendError, match="HTTP 401"):
-            got.extend(index for block in blocks for index, _ in block)
-        assert (got, sorted(sent)) == ([0, 1], [0, 1, 2])
+            got.extend(pair for block in blocks for pair in block)
+        answered = {index: result.error is None for index, result in got}
+        assert (answered, sorted(sent)) == ({0: True, 1: True, 2: False}, [0, 1, 2])
 
     def test_a_spent_budget_delivers_what_is_in_flight(self, server: Scripted) -> None:
         server.replies = [scores()]

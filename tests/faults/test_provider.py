@@ -214,8 +214,9 @@ def _met(
         told = proxy.owed(PRICE, told=True)
         assert _spent(ledger) - before >= proxy.owed(PRICE), "the books do not cover the bill"
         if expected == "stopped":
-            # Refused, and yet held for possibly billed: on the safe side.
-            assert totals.unknown <= 1
+            # Refused, and so neither spent nor of unknown outcome.
+            assert (totals.done, totals.failed, totals.unknown) == (1, 1, 0)
+            assert _spent(ledger) == before
         elif all(line.told for line in proxy.bill) and not any(raw.uncertain for raw in backend.raw):
             assert _spent(ledger) - before == told or "usage" in name
         # A failure is never served later, and an answer is not bought again.
@@ -245,6 +246,44 @@ def test_once(
     tally[expected] += 1
     if name in TRANSIENT and OUTCOMES[name][1] == _LOST:
         assert backend.raw[0].uncertain == 1, "it may have been billed"
+
+
+@pytest.mark.parametrize("name", ["401", "429, quota gone"])
+@pytest.mark.parametrize("others", ["none", "silence after"])
+def test_a_stop_in_the_midst_of_many_calls_leaves_only_possible_charges(
+    name: str, others: str, proxy: FaultProxy, tmp_path: Path, tally: Counter[str]
+) -> None:
+    """Several calls in flight: one is refused for good, as are those after it; some were billed without an answer."""
+    with Ledger(tmp_path / "l.db") as ledger:
+        backend = _backend(proxy, concurrency=6, max_tries=1, paid_retries=0, timeout=30)
+        meter = _meter(backend, ledger)
+        proxy.plan = Once()
+        meter.score([review(number) for number in range(8)], stage="s")  # so many may be in flight now
+        if others != "none":
+            backend._connection._timeout = 0.5
+        settled = ledger.totals()
+        seen: set[str] = set()
+
+        def plan(request: str, arrival: int) -> Fault:
+            seen.add(request)
+            return FAULTS[name if len(seen) > 3 else others]
+
+        proxy.plan = plan
+        proxy.bill.clear()
+        before = _spent(ledger)
+        with pytest.raises(BackendError):
+            meter.score([review(number) for number in range(20, 50)], stage="s")
+        _settle(proxy)
+        totals = ledger.totals()
+        billed = len(proxy.bill)
+        assert totals.open == 0
+        assert totals.done - settled.done == (billed if others == "none" else 0)
+        assert totals.unknown == (0 if others == "none" else billed)
+        assert totals.failed == len(seen) - billed
+        assert _spent(ledger) - before >= proxy.owed(PRICE)
+        if others == "none":
+            assert _spent(ledger) - before == proxy.owed(PRICE, told=True)
+    tally["faulty answers"] += len(seen)
 
 
 FEW = (

@@ -149,7 +149,7 @@ class Asker:
                 raise
             else:
                 traits.answered = True
-                call.usage += answer.usage
+                _settle(call, answer.usage)
                 call.model, call.fingerprint = answer.model or call.model, answer.fingerprint
                 self._connection.pace.correct(
                     answer.usage.prompt_tokens + answer.usage.completion_tokens - call.expected
@@ -281,7 +281,7 @@ class Asker:
         except UnreadableAnswerError as error:
             call.usage += error.usage or Usage()
             raise
-        call.usage += usage
+        _settle(call, usage)
         values, censored = read_decision(stated, request.candidates)
         return ScoreResult(values, censored, call.usage, None, model, call.uncertain, "decisions")
 
@@ -377,6 +377,13 @@ class Asker:
         return GenerateResult(text, call.usage, None, answer.model, call.uncertain, answer.fingerprint)
 
 
+def _settle(call: Call, usage: Usage) -> None:
+    """Add what an answer used; one that does not say it leaves open what was billed."""
+    call.usage += usage
+    if usage != Usage():
+        call.unsettled -= 1
+
+
 def read_score(
     request: ScoreRequest, endpoint: Endpoint, evidence: Evidence, body: Mapping[str, Any]
 ) -> ScoreResult:
@@ -404,6 +411,13 @@ def failed_score(request: ScoreRequest, reason: str, call: Call) -> ScoreResult:
     """A result without values."""
     count = len(request.candidates)
     return ScoreResult((None,) * count, (False,) * count, call.usage, reason, call.model, call.uncertain)
+
+
+def failed(request: ScoreRequest | GenerateRequest, reason: str, call: Call) -> Any:
+    """The result of a request that got no answer."""
+    if isinstance(request, ScoreRequest):
+        return failed_score(request, reason, call)
+    return GenerateResult(None, call.usage, reason, call.model, call.uncertain)
 
 
 def checked_evidence(given: str | Sequence[str]) -> tuple[Evidence, ...]:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from proxyprompt.errors import BackendError, RetryableBackendError
 
-from ._openai_asking import Asker, failed_score, read_score
+from ._openai_asking import Asker, failed, read_score
 from ._openai_connection import Call, Connection
 from ._openai_labels import UnreadableAnswerError, read_texts
 from ._openai_wire import PATHS, Endpoint, read_answer
@@ -174,8 +174,8 @@ class Batches(Generic[_Request, _Result]):
             self._announce(sorted(covered))
         return covered
 
-    def send(self, indices: Sequence[int]) -> None:
-        """Submit requests, as few batches as their limits allow."""
+    def send(self, indices: Sequence[int]) -> Iterator[list[tuple[int, _Result]]]:
+        """Submit requests, as few batches as their limits allow; yields those of a batch that was refused, and raises."""
         by_endpoint: dict[Endpoint, list[int]] = {}
         for index in indices:
             by_endpoint.setdefault(self._endpoint(self._requests[index]), []).append(index)
@@ -188,13 +188,13 @@ class Batches(Generic[_Request, _Result]):
                 if chunk and (
                     len(lines) + len(new) > self._terms.size or size + sum(map(len, new)) > _MOST_BYTES
                 ):
-                    self._submit(endpoint, chunk, lines)
+                    yield from self._submit(endpoint, chunk, lines)
                     chunk, lines, size = [], [], 0
                 chunk.append(index)
                 lines += new
                 size += sum(map(len, new))
             if chunk:
-                self._submit(endpoint, chunk, lines)
+                yield from self._submit(endpoint, chunk, lines)
 
     def collect(self) -> Iterator[list[tuple[int, _Result]]]:
         """Wait for all batches, yield the results of each when it is over, send again what expired."""
@@ -207,7 +207,10 @@ class Batches(Generic[_Request, _Result]):
                     continue
                 if status.status == "failed":
                     self._journal.write(job.name, None)
-                    raise self._refused(job, status)
+                    refusal = self._refused(job, status)
+                    mine = [self._index[key] for key in job.left() if key in self._index]
+                    yield [(index, self._failed(index, refusal.message)) for index in mine]
+                    raise refusal
                 block, unanswered = self._results(job, status)
                 if block:
                     yield block
@@ -221,7 +224,7 @@ class Batches(Generic[_Request, _Result]):
                     self._journal.write(job.name, None)
                 again += unanswered
             if again:
-                self.send(again)
+                yield from self.send(again)
                 continue
             if self._jobs:
                 self._pause(started)
@@ -273,7 +276,9 @@ class Batches(Generic[_Request, _Result]):
             for name in job.custom_ids(key)
         ]
 
-    def _submit(self, endpoint: Endpoint, indices: Sequence[int], lines: Sequence[bytes]) -> None:
+    def _submit(
+        self, endpoint: Endpoint, indices: Sequence[int], lines: Sequence[bytes]
+    ) -> Iterator[list[tuple[int, _Result]]]:
         job = self._job(endpoint, [self._journal.keys[index] for index in indices])
         for _ in range(job.copies):
             self._announce(indices)
@@ -281,7 +286,12 @@ class Batches(Generic[_Request, _Result]):
             self._sent[index] = self._sent.get(index, 0) + 1
         job.save(self._journal)
         upload = (f"{job.name}.jsonl", b"".join(lines), "application/jsonl")
-        job.file = self._do(lambda client: client.files.create(file=upload, purpose="batch")).id
+        try:
+            job.file = self._do(lambda client: client.files.create(file=upload, purpose="batch")).id
+        except BackendError as error:
+            # A file is no batch: whatever became of it, nothing is billed.
+            yield self._unsent(job, indices, error)
+            raise
         job.save(self._journal)
 
         def create(client: Any) -> Any:
@@ -293,9 +303,20 @@ class Batches(Generic[_Request, _Result]):
             )
 
         # A creation that got no answer may have happened: it is looked for before it is repeated.
-        job.batch = self._do(create, otherwise=lambda: self._find(job.name))
+        try:
+            job.batch = self._do(create, otherwise=lambda: self._find(job.name))
+        except RetryableBackendError:
+            raise  # it may be there all the same; a later run looks for it
+        except BackendError as error:
+            yield self._unsent(job, indices, error)
+            raise
         job.save(self._journal)
         self._jobs[job.name] = job
+
+    def _unsent(self, job: Job, indices: Sequence[int], error: BackendError) -> list[tuple[int, _Result]]:
+        """Results of requests whose batch was certainly not made."""
+        self._journal.write(job.name, None)
+        return [(index, self._failed(index, error.message)) for index in indices]
 
     def _do(self, work: Callable[[Any], Any], otherwise: Callable[[], str | None] | None = None) -> Any:
         found: list[str] = []
@@ -381,11 +402,7 @@ class Batches(Generic[_Request, _Result]):
         return code is None or code in (408, 409, 429, 500, 502, 503, 504, 529)
 
     def _failed(self, index: int, reason: str) -> Any:
-        request, call = self._requests[index], Call(_nothing, _NEVER)
-        reason = self._connection.clean(reason)
-        if isinstance(request, ScoreRequest):
-            return failed_score(request, reason, call)
-        return GenerateResult(None, Usage(), reason)
+        return failed(self._requests[index], self._connection.clean(reason), Call(_nothing, _NEVER))
 
     def _read(self, job: Job, index: int, bodies: Sequence[Mapping[str, Any]]) -> Any:
         request = self._requests[index]
@@ -404,10 +421,7 @@ class Batches(Generic[_Request, _Result]):
             return ScoreResult(*values, usage, None, last.model, 0, "texts", samples, last.fingerprint)
         except UnreadableAnswerError as error:
             call = Call(_nothing, _NEVER, usage=error.usage or usage, uncertain=error.uncertain)
-            reason = self._connection.clean(str(error))
-            if isinstance(request, ScoreRequest):
-                return failed_score(request, reason, call)
-            return GenerateResult(None, call.usage, reason, uncertain=call.uncertain)
+            return failed(request, self._connection.clean(str(error)), call)
 
 
 def cancel(connection: Connection, journal: Journal) -> list[str]:

@@ -93,6 +93,12 @@ class Call:
     uncertain: int = 0
     model: str | None = None
     fingerprint: str | None = None
+    unsettled: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether ``usage`` and ``uncertain`` tell all that may have been billed."""
+        return not self.unsettled
 
 
 class Connection:
@@ -219,7 +225,15 @@ class Connection:
             If no call can get one.
         UnreadableAnswerError
             If the answer cannot be read.
+
+        Notes
+        -----
+        ``call.unsettled`` is one higher afterwards, unless every attempt is known to have cost nothing or is counted in
+        ``call.uncertain``: the caller settles it with the usage of the answer.
         """
+        if call.stopped.is_set() and call.usage == Usage() and not call.uncertain:
+            raise CallFailedError(UNSENT)  # what has cost something already is finished
+        call.unsettled += 1
         deadline = time.monotonic() + self._patience.max_wait
         tries = lost = 0
         while True:
@@ -228,7 +242,11 @@ class Connection:
             try:
                 response = await self._attempt(PATHS[kind], body)
             except self._sdk.APIStatusError as error:
-                pause, billed, reason = self._after_status(error, body, kind, sent_at)
+                try:
+                    pause, billed, reason = self._after_status(error, body, kind, sent_at)
+                except (BackendError, CallFailedError):
+                    call.unsettled -= 1  # a refusal costs nothing
+                    raise
             except self._sdk.APIConnectionError as error:
                 pause, billed, reason = self._after_connection(error)
             except TimeoutError:
@@ -248,6 +266,7 @@ class Connection:
                 lost += 1
                 call.uncertain += 1
             spent = tries >= self._patience.tries or (billed and lost > self._patience.paid_retries)
+            call.unsettled -= 1
             if spent or call.stopped.is_set():
                 raise self._gave_up(f"{reason} after {_times(tries)}")
             asked = pause
@@ -261,6 +280,7 @@ class Connection:
             await self._rest(pause, call)
             if billed:
                 await self.in_thread(call.announce)
+            call.unsettled += 1
             self.pace.take(call.expected)
 
     def manage(self, work: Callable[[Any], Any], done: Callable[[], bool] | None = None) -> Any:
@@ -413,6 +433,9 @@ class Connection:
         key = getattr(self._client, "api_key", None)
         return redact(text, [*([key] if isinstance(key, str) else []), *credentials(self._url)])
 
+
+UNSENT = "not sent: the run was stopped"
+"""Of a request that was announced and did not leave any more."""
 
 OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})
 """Fields that another attempt could do without, or by another name."""

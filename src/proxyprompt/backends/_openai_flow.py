@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import chain
 from typing import Any, TypeVar
 
 from proxyprompt.errors import BackendError
 
+from ._openai_asking import failed
 from ._openai_batch import Batches
-from ._openai_connection import Call, Connection
+from ._openai_connection import UNSENT, Call, Connection
 from ._openai_order import Order, flat
 from ._openai_wire import Endpoint
 from .base import (
@@ -72,16 +74,17 @@ class Flow:
             return
         self._connection.open()
         order = Order([request.prompt for request in requests])
-        flying: dict[Future[_Result], int] = {}
+        flying: dict[Future[_Result], tuple[int, Call]] = {}
+        unsent: list[int] = []
         stopped = threading.Event()
         stop: BaseException | None = None
         drain_until = math.inf
         announce = on_send if on_send is not None else nobody
         try:
-            while (order and stop is None) or flying:
+            while (order and stop is None) or flying or unsent:
                 try:
                     if stop is None:
-                        self._top_up(requests, order, flying, known, work, announce, stopped)
+                        self._top_up(requests, order, flying, known, work, announce, stopped, unsent)
                     done = self._finished(flying, stop is None and bool(order), drain_until)
                 except (Exception, KeyboardInterrupt) as error:
                     if stop is not None:
@@ -90,15 +93,22 @@ class Flow:
                     stop, drain_until = error, time.monotonic() + _DRAIN
                     stopped.set()
                     continue
-                block: list[tuple[int, _Result]] = []
+                block = [
+                    (index, failed(requests[index], UNSENT, Call(_no_more, stopped))) for index in unsent
+                ]
+                unsent.clear()
                 for future in done:
-                    index = flying.pop(future)
+                    index, call = flying.pop(future)
                     order.done(index)
                     try:
                         block.append((index, future.result()))
                     except Exception as error:
                         stop = stop or error
                         stopped.set()
+                        if call.settled:
+                            # Refused, and so not spent; otherwise it is left to count as spent.
+                            reason = self._connection.clean(getattr(error, "message", str(error)))
+                            block.append((index, failed(requests[index], reason, call)))
                 if block:
                     stop = stop or self._note(result for _, result in block)
                     if on_tokens is not None:
@@ -152,9 +162,7 @@ class Flow:
                 f"{self._connection.model!r} at {self._connection.public_url} gave no usable answer to "
                 f"{_FIRST_TRIES} requests; the batch of {len(strange)} was not sent."
             )
-        if left:
-            batches.send(left)
-        for results in batches.collect():
+        for results in chain(batches.send(left), batches.collect()):
             stop = self._note(result for _, result in results)
             if on_tokens is not None:
                 on_tokens(sum(r.usage.prompt_tokens + r.usage.completion_tokens for _, r in results))
@@ -166,13 +174,14 @@ class Flow:
         self,
         requests: Sequence[_Request],
         order: Order,
-        flying: dict[Future[_Result], int],
+        flying: dict[Future[_Result], tuple[int, Call]],
         known: Callable[[_Request], bool],
         work: Callable[[_Request, Call, str | None], Coroutine[Any, Any, _Result]],
         announce: OnSend,
         stopped: threading.Event,
+        unsent: list[int],
     ) -> None:
-        """Send as many more requests as may leave now, announced together."""
+        """Send as many more requests as may leave now, announced together; ``unsent``: announced, and then did not."""
         leaving: list[tuple[int, int]] = []
         while (index := order.peek()) is not None and self._pace.delay() <= 0:
             width = self._pace.limit if known(requests[index]) else 1
@@ -190,11 +199,13 @@ class Flow:
         staying = len(leaving)
         try:
             announce([index for index, _ in leaving])
+            unsent.extend(index for index, _ in leaving)
             for index, expected in leaving:
+                unsent.remove(index)
                 call = Call(_announcer(announce, index), stopped, expected)
                 future = self._connection.submit(work(requests[index], call, order.cache_key(index)))
                 future.add_done_callback(lambda _: self._landed(1))
-                flying[future] = index
+                flying[future] = (index, call)
                 staying -= 1
         finally:
             self._landed(staying)
@@ -204,7 +215,7 @@ class Flow:
             self._flying -= count
 
     def _finished(
-        self, flying: Mapping[Future[_Result], int], more: bool, drain_until: float
+        self, flying: Mapping[Future[_Result], tuple[int, Call]], more: bool, drain_until: float
     ) -> set[Future[_Result]]:
         """Wait until a call has finished, or until another one may leave."""
         patience = self._pace.delay() if more else math.inf
@@ -219,6 +230,10 @@ class Flow:
 
 def nobody(indices: Sequence[int]) -> None:
     """No one to tell."""
+
+
+def _no_more() -> None:
+    """A request that did not leave announces nothing."""
 
 
 def _renamed(announce: OnSend, index: int) -> OnSend:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from proxyprompt.errors import BackendError, InputError
 
-from ._openai_asking import Asker, Manner, checked_evidence, failed_score
+from ._openai_asking import Asker, Manner, checked_evidence, failed
 from ._openai_batch import Batches, BatchTerms, cancel, under_way
 from ._openai_connection import Call, CallFailedError, Connection, Patience
 from ._openai_flow import Flow
@@ -155,7 +155,8 @@ class OpenAIBackend:
     statuses 408, 504 and 524 may have been billed: at most ``paid_retries`` follow, each announced, and
     ``result.uncertain`` counts them. Any other error is final. What fails for good is ``result.error``. A wrong key, an
     unknown model or an exhausted quota stop the batch, and so do five requests in a row without any answer: the
-    results at hand are yielded, then :class:`~proxyprompt.errors.BackendError` is raised.
+    results at hand are yielded, those of the refused requests with ``error`` set, then
+    :class:`~proxyprompt.errors.BackendError` is raised.
 
     **Prompt caches.** Prompts that share a long beginning are sent one after the other, the first of them alone, with
     ``prompt_cache_key`` where the server takes it.
@@ -448,7 +449,7 @@ class OpenAIBackend:
         try:
             return await self._asker.score(request, self._endpoint(request.prompt), call, cache_key)
         except (CallFailedError, UnreadableAnswerError) as error:
-            return failed_score(request, self._connection.clean(str(error)), call)
+            return failed(request, self._connection.clean(str(error)), call)  # type: ignore[no-any-return]
 
     async def _generate_one(
         self, request: GenerateRequest, call: Call, cache_key: str | None
@@ -456,8 +457,7 @@ class OpenAIBackend:
         try:
             return await self._asker.generate(request, self._endpoint(request.prompt), call, cache_key)
         except (CallFailedError, UnreadableAnswerError) as error:
-            reason = self._connection.clean(str(error))
-            return GenerateResult(None, call.usage, reason, call.model, call.uncertain)
+            return failed(request, self._connection.clean(str(error)), call)  # type: ignore[no-any-return]
 
     def _note(self, results: Iterator[ScoreResult | GenerateResult]) -> BackendError | None:
         """Remember who answered; one name answered by two models is said, or ends the run."""
