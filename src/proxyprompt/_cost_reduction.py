@@ -102,7 +102,7 @@ def _as_if_bought(row: Mapping[str, Any]) -> Mapping[str, Any]:
     prompt = row["found_prompt_tokens"] + row["bought_prompt_tokens"]
     completion = row["found_completion_tokens"] + row["bought_completion_tokens"]
     return {
-        **row,
+        **{name: value for name, value in row.items() if name not in ("recorded", "unpriced")},
         "calls": calls,
         "tokens": prompt + completion,
         "prompt_tokens": prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
@@ -151,7 +151,8 @@ class Claim:
 class Totals:
     """Calls by outcome, tokens and money; ``open`` are reserved or sent by a process that is still at work.
 
-    ``money`` by currency: the price of finished calls, and what is set aside for sent and unknown ones.
+    ``money`` by currency: the price of finished calls, and what is set aside for sent and unknown ones. ``by_currency``, of
+    each model: ``""`` are calls that were recorded without a price.
     """
 
     done: int = 0
@@ -165,6 +166,7 @@ class Totals:
     money: Mapping[str, Decimal] = field(default_factory=dict)
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
+    by_currency: Mapping[str, Totals] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +235,18 @@ def intact(row: Sequence[Any]) -> bool:
         return False
 
 
-def sum_states(rows: Sequence[Sequence[Any]], by_model: Mapping[str, Totals] | None = None) -> Totals:
-    """Totals of rows (state, count, five sums of tokens, currency, money)."""
+def sum_models(rows: Sequence[Sequence[Any]]) -> Totals:
+    """Totals of rows (model, state, count, five sums of tokens, currency, money), over all and of each model."""
+    by_model = {}
+    for model in dict.fromkeys(row[0] for row in rows):
+        own = [row[1:] for row in rows if row[0] == model]
+        currencies = dict.fromkeys(row[-2] for row in own)
+        parts = {one: _sum_states([row for row in own if row[-2] == one]) for one in currencies}
+        by_model[model] = replace(_sum_states(own), by_currency=parts)
+    return replace(_sum_states([row[1:] for row in rows]), by_model=by_model)
+
+
+def _sum_states(rows: Sequence[Sequence[Any]]) -> Totals:
     states: dict[str, int] = {}
     money: dict[str, Decimal] = {}
     for state, count, *_, currency, amount in rows:
@@ -244,4 +256,4 @@ def sum_states(rows: Sequence[Sequence[Any]], by_model: Mapping[str, Totals] | N
     prompt, completion, cached, *more = (sum(row[column] for row in rows) for column in range(2, 7))
     still_open = states.get("reserved", 0) + states.get("sent", 0)
     outcome = (states.get("done", 0), states.get("failed", 0), states.get("unknown", 0), still_open)
-    return Totals(*outcome, prompt, completion, cached, by_model or {}, money, *more)
+    return Totals(*outcome, prompt, completion, cached, {}, money, *more)

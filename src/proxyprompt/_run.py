@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ._query_use import query_key
 from .attribution.base import Design, Explainer
 from .data import Splits
+from .ledger import Totals
 from .metering import Meter
 from .prices import Price
 from .prompt import FewShotPrompt, Query
@@ -19,7 +20,7 @@ from .settings import Settings
 from .task import Task
 from .value_function import PromptValueFunction, Values
 
-__all__ = ["Observer", "Run", "Silent"]
+__all__ = ["Observer", "Run", "Silent", "recorded_money"]
 
 
 class Observer(Protocol):
@@ -49,6 +50,29 @@ class Silent:
     def progress(self, done: int, total: int) -> None: ...
     def tokens(self, n: int) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+def recorded_money(total: Totals) -> dict[str, Any]:
+    """What the ledger priced when the calls were made, and what it did not; see :func:`~proxyprompt.money.bill_run`.
+
+    Calls that were recorded as free count as not priced: a price that is given for a local model says what it would cost.
+    """
+    parts = {currency: part for currency, part in total.by_currency.items() if part.money.get(currency)}
+    if not parts:
+        return {}
+    recorded = {
+        currency: {
+            "calls": part.done + part.failed + part.unknown,
+            "unknown": part.unknown,
+            "money": str(part.money[currency]),
+        }
+        for currency, part in parts.items()
+    }
+    rest = [part for currency, part in total.by_currency.items() if currency not in parts]
+    names = ("prompt_tokens", "completion_tokens", "cached_tokens", "unknown")
+    unpriced = {"calls": sum(part.done for part in rest)}
+    unpriced |= {name: sum(getattr(part, name) for part in rest) for name in names}
+    return {"recorded": recorded, "unpriced": unpriced if rest else None}
 
 
 @dataclass

@@ -39,7 +39,7 @@ from ._ledger_rows import (
     printable,
     row_hash,
     split,
-    sum_states,
+    sum_models,
 )
 from ._ledger_schema import RESPONSE_COLUMNS, SCHEMA, USAGE_COLUMNS
 from ._ledger_vault import MODES, StoreMode, Vault, read_secret
@@ -268,9 +268,7 @@ class Ledger:
             FROM attempt WHERE {where} GROUP BY model, state, currency ORDER BY model"""
         with self._file.use("read") as connection:
             rows = connection.execute(query, list(given.values())).fetchall()
-        models = dict.fromkeys(row[0] for row in rows)
-        by_model = {model: sum_states([row[1:] for row in rows if row[0] == model]) for model in models}
-        return sum_states([row[1:] for row in rows], by_model)
+        return sum_models(rows)
 
     def runs(self) -> list[RunSummary]:
         """Summarise every run, oldest first."""

@@ -7,7 +7,7 @@ rate, a bill the sum of its terms, and nothing is rounded before it is shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
@@ -73,14 +73,15 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """A sum of terms."""
+    """A sum of terms, and of ``recorded`` money that stands in the ledger."""
 
     terms: tuple[Term, ...]
+    recorded: Decimal = Decimal(0)
 
     @property
     def total(self) -> Decimal:
         """Money."""
-        return sum((term.cost for term in self.terms), Decimal(0))
+        return sum((term.cost for term in self.terms), self.recorded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +94,13 @@ class RunCost:
         Stage, role, model and bill.
     gaps : tuple of str
         Sentences on what the total leaves out.
+    notes : tuple of str
+        Sentences on which prices it is at.
     """
 
     bills: tuple[tuple[str, str, str, Bill], ...] = ()
     gaps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def total(self) -> Decimal:
@@ -177,43 +181,110 @@ def bill_run(rows: Sequence[Mapping[str, Any]], target: Quote, proxies: Mapping[
     ----------
     rows : sequence of mapping
         Per stage and model: ``stage``, ``role``, ``model``, ``calls``, ``prompt_tokens``,
-        ``completion_tokens``, ``cached_tokens``, ``unknown`` (calls whose outcome is not known).
+        ``completion_tokens``, ``cached_tokens``, ``unknown`` (calls whose outcome is not known). ``recorded``, where the
+        ledger priced the calls when they were made: by currency ``calls``, ``unknown`` and ``money``; ``unpriced``: the
+        same counts as the row's, of the other calls, or None.
     target : Price or Unpriced
     proxies : mapping of str to (Price or Unpriced)
         By model.
+
+    Notes
+    -----
+    Recorded money is taken as it stands in the ledger, so that the two agree; calls of unknown outcome count at what was
+    set aside. ``target`` and ``proxies`` price only what was recorded without a price. As prices may have changed in
+    between, ``notes`` say which were taken.
     """
     bills: list[tuple[str, str, str, Bill]] = []
     gaps: dict[str, None] = {}
+    counted: dict[str, list[int]] = {}
     currency = target.currency if isinstance(target, Price) else "USD"
     for row in rows:
-        model, prompt, completion = row["model"], row["prompt_tokens"], row["completion_tokens"]
+        model = row["model"]
         quote = target if row["role"] == "target" else proxies[model]
-        if row["unknown"]:
-            gaps[
-                f"The outcome of {row['unknown']} calls to {model} is unknown; if they were billed, more was paid."
-            ] = None
-        if not prompt and not completion:
+        paid, recorded = _recorded(row, quote, currency, gaps)
+        rest = row.get("unpriced") if recorded else row
+        terms = None if rest is None else _terms(model, rest, quote, currency, gaps)
+        if paid is None and terms is None:
             continue
-        if isinstance(quote, Unpriced):
-            gaps[f"What {model} cost is not in the run's cost: {quote.reason}."] = None
-            continue
-        rates = quote.at(prompt / max(row["calls"], 1)) or quote.rates
-        paid = any(part for part in (rates.input, rates.output))
-        if paid and quote.currency != currency:
-            gaps[f"What {model} cost is in {quote.currency} and not in the run's cost."] = None
-            continue
-        if rates.output is None and completion:
-            gaps[f"Completion tokens of {model} are not in the run's cost: no output price is given."] = None
-        if rates.cache_write is not None and rates.cache_write > rates.input:
-            gaps[f"What {model} charges beyond the input price for writing its cache is not recorded."] = None
-        cached = row["cached_tokens"] if rates.cached_input is not None else 0
-        terms = [Term("input", Decimal(prompt - cached), rates.input)]
-        if rates.cached_input is not None:
-            terms.append(Term("cached input", Decimal(cached), rates.cached_input))
-        if rates.output is not None:
-            terms.append(Term("output", Decimal(completion), rates.output))
-        bills.append((row["stage"], row["role"], model, Bill(tuple(t for t in terms if t.tokens))))
-    return RunCost(tuple(bills), tuple(gaps))
+        bills.append((row["stage"], row["role"], model, Bill(terms or (), paid or Decimal(0))))
+        counts = counted.setdefault(model, [0, 0, 0])
+        if paid:
+            counts[0] += recorded[currency]["calls"]
+            counts[1] += recorded[currency]["unknown"]
+        if recorded and terms and isinstance(quote, Price) and any(term.rate for term in terms):
+            counts[2] += rest["calls"] if rest is not None else 0
+    quotes = {row["model"]: target if row["role"] == "target" else proxies[row["model"]] for row in rows}
+    return RunCost(tuple(bills), tuple(gaps), tuple(_sources(counted, quotes)))
+
+
+def _recorded(
+    row: Mapping[str, Any], quote: Quote, currency: str, gaps: dict[str, None]
+) -> tuple[Decimal | None, Mapping[str, Any]]:
+    """Money that the ledger recorded in the run's currency, and all that it recorded."""
+    recorded: Mapping[str, Any] = row.get("recorded") or {}
+    for other, part in recorded.items():
+        if other != currency and Decimal(part["money"]):
+            gaps[f"What {row['model']} cost is in {other} and not in the run's cost."] = None
+    if currency not in recorded:
+        return None, recorded
+    if isinstance(quote, Price) and quote.rates.output is None and row["completion_tokens"]:
+        gaps[f"Completion tokens of {row['model']} are not in the run's cost: no output price is given."] = (
+            None
+        )
+    return Decimal(recorded[currency]["money"]), recorded
+
+
+def _terms(
+    model: str, row: Mapping[str, Any], quote: Quote, currency: str, gaps: dict[str, None]
+) -> tuple[Term, ...] | None:
+    """Tokens at the rates of today; None where there are none, or no price for them."""
+    prompt, completion = row["prompt_tokens"], row["completion_tokens"]
+    if row["unknown"]:
+        gaps[
+            f"The outcome of {row['unknown']} calls to {model} is unknown; if they were billed, more was paid."
+        ] = None
+    if not prompt and not completion:
+        return None
+    if isinstance(quote, Unpriced):
+        gaps[f"What {model} cost is not in the run's cost: {quote.reason}."] = None
+        return None
+    rates = quote.at(prompt / max(row["calls"], 1)) or quote.rates
+    if quote.currency != currency and any(part for part in (rates.input, rates.output)):
+        gaps[f"What {model} cost is in {quote.currency} and not in the run's cost."] = None
+        return None
+    if rates.output is None and completion:
+        gaps[f"Completion tokens of {model} are not in the run's cost: no output price is given."] = None
+    if rates.cache_write is not None and rates.cache_write > rates.input:
+        gaps[f"What {model} charges beyond the input price for writing its cache is not recorded."] = None
+    cached = row["cached_tokens"] if rates.cached_input is not None else 0
+    terms = [Term("input", Decimal(prompt - cached), rates.input)]
+    if rates.cached_input is not None:
+        terms.append(Term("cached input", Decimal(cached), rates.cached_input))
+    if rates.output is not None:
+        terms.append(Term("output", Decimal(completion), rates.output))
+    return tuple(term for term in terms if term.tokens)
+
+
+def _sources(counted: Mapping[str, Sequence[int]], quotes: Mapping[str, Quote]) -> Iterator[str]:
+    """Which prices the money of each model is at."""
+    for model, (recorded, unknown, later) in counted.items():
+        if recorded:
+            yield (
+                f"The cost of {recorded} calls to {model} is what the ledger recorded when they were made, at the price of"
+                " that time."
+            )
+        if unknown:
+            yield (
+                f"The outcome of {unknown} of these calls to {model} is unknown; they count as spent, at the most that was"
+                " set aside."
+            )
+        quote = quotes[model]
+        if later and isinstance(quote, Price):
+            when = f" of {quote.date}" if quote.date else ""
+            yield (
+                f"{later} calls to {model} were recorded without a price; they are counted at the price{when} that is"
+                f" known now ({quote.source})."
+            )
 
 
 def call_cost(usage: Usage, price: Price, *, batch: bool = False) -> Decimal | None:

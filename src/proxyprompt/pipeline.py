@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ._explaining import Explanation, ask_members, explain, screen_proxies
 from ._query_use import note_use, refuse_used
-from ._run import Observer, Run, Silent
+from ._run import Observer, Run, Silent, recorded_money
 from ._shrinking import Explained, Shrinking, certify_shrinking, plan, shrink
 from .attribution import Banzhaf, KernelSHAP, Lasso, LeaveOneOut, PermutationShapley, WeightedBanzhaf
 from .attribution.base import Explainer
@@ -421,6 +421,7 @@ def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
                         "completion_tokens": total.completion_tokens if total else 0,
                         "cached_tokens": total.cached_tokens if total else 0,
                         "unknown": total.unknown if total else 0,
+                        **(recorded_money(total) if total else {}),
                         "bought_now": now.bought if now else 0,
                         "reused_now": now.reused if now else 0,
                         "tokens_now": now.prompt_tokens_bought + now.completion_tokens_bought if now else 0,

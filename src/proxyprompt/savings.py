@@ -177,7 +177,7 @@ def compare_bills(
         tuple(scenarios),
         caching if caching is not None and given else plain,
         _warn(before, after, scenarios, caching, rule),
-        (*notes, *run.gaps),
+        (*notes, *run.notes, *run.gaps),
     )
 
 

@@ -19,12 +19,13 @@ import pytest
 from rich.console import Console
 
 from proxyprompt._provider_caching import CachingRule, caching_rule
+from proxyprompt._run import recorded_money
 from proxyprompt.backends.base import Message, ScoreRequest, ScoreResult, Usage
 from proxyprompt.backends.scripted import ScriptedBackend
 from proxyprompt.config import config_from_mapping
 from proxyprompt.data import Splits
 from proxyprompt.errors import ConfigError, InputError
-from proxyprompt.ledger import Ledger
+from proxyprompt.ledger import PICO, Ledger, Totals
 from proxyprompt.metering import Meter
 from proxyprompt.money import Bill, Call, RunCost, Term, bill_call, bill_run, break_even_calls, stable_tokens
 from proxyprompt.pipeline import Result, optimize_prompt
@@ -438,11 +439,16 @@ def rows_of(ledger: Ledger, *roles: tuple[str, str]) -> list[dict[str, Any]]:
     rows = []
     for role, model in roles:
         total = ledger.totals(run="r", role=role, stage="s").by_model[model]  # type: ignore[arg-type]
-        rows.append(
-            {"stage": "s", "role": role, "model": model, "calls": total.done, "prompt_tokens": total.prompt_tokens,
-             "completion_tokens": total.completion_tokens, "cached_tokens": total.cached_tokens, "unknown": total.unknown}
-        )  # fmt: skip
+        rows += rows_of_total(total, role, model)
     return rows
+
+
+def rows_of_total(total: Totals, role: str, model: str) -> list[dict[str, Any]]:
+    return [
+        {"stage": "s", "role": role, "model": model, "calls": total.done, "prompt_tokens": total.prompt_tokens,
+         "completion_tokens": total.completion_tokens, "cached_tokens": total.cached_tokens, "unknown": total.unknown,
+         **recorded_money(total)}
+    ]  # fmt: skip
 
 
 def test_the_run_s_cost_is_what_the_ledger_bought(tmp_path: Path) -> None:
@@ -566,9 +572,64 @@ def test_another_price_buys_nothing_and_bills_anew(finished: tuple[Path, Result]
     assert again.run == result.run
     assert sum(row["bought_now"] for row in again.spent) == 0
     money = build_summary(again)["cost"]["money"]
-    assert money["run_cost"] == pytest.approx(sum(row["prompt_tokens"] for row in result.spent) * 7.5 / 1e6)
+    # Savings are at the new price; what the run cost stands in the ledger, at the price of that time.
+    assert money["run_cost"] == build_summary(result)["cost"]["money"]["run_cost"]
+    before, after = (build_summary(again)[k]["tokens"] for k in ("before", "after"))
+    assert money["saved_per_thousand_calls"] == pytest.approx((before - after) * 7.5 / 1000)
+    assert any("is what the ledger recorded when they were made" in note for note in money["notes"])
     assert money["source"] == "contract"
     assert len(money["scenarios"]) == 1
+
+
+def test_the_bill_of_a_run_is_the_money_in_its_ledger(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    with Ledger(folder / "ledger.db") as ledger:
+        books = ledger.totals(run=result.run).money
+    bill = bill_run(result.spent, result.pricing.target, result.pricing.proxies)
+    assert books.keys() == {"USD"}
+    assert bill.total == books["USD"] > 0
+    assert build_summary(result)["cost"]["money"]["run_cost"] == float(books["USD"])
+    dearer = bill_run(result.spent, own_price(input=100, output=100), result.pricing.proxies)
+    assert (dearer.total, dearer.gaps) == (bill.total, bill.gaps)
+
+
+def test_recorded_money_of_a_run_that_was_priced_in_part(tmp_path: Path) -> None:
+    """Three calls without a price, two at one price, one at another and one whose outcome is not known."""
+    old, new = own_price(input=2, output=10), own_price(input=3, output=20)
+    now = own_price(input=1, output=1, currency="USD")
+    usage = Usage(1000, 10)
+
+    def ask(first: int, n: int, price: Price | None) -> None:
+        backend = paid("m", usage)
+        meter = Meter(backend, ledger, role="target", run="r", price=price)
+        meter.score([ScoreRequest(f"p{k}", ("a", "b")) for k in range(first, first + n)], stage="s")
+
+    with Ledger(tmp_path / "ledger.db") as ledger:
+        ask(0, 3, None)
+        ask(3, 2, old)
+        ask(5, 1, new)
+        [lost] = ledger.reserve(["f" * 64], run="r", stage="s", role="target", model="m", currency="USD")
+        ledger.mark_sent([lost], tokens=[1], money=[PICO // 100])
+        ledger.release([lost])
+        total = ledger.totals(run="r", role="target", stage="s").by_model["m"]
+    rows = rows_of_total(total, "target", "m")
+    bill = bill_run(rows, now, {})
+    recorded = 2 * (D(2000) + 100) / 1_000_000 + (D(3000) + 200) / 1_000_000 + D("0.01")
+    assert total.money == {"USD": recorded}
+    assert bill.total == recorded + 3 * D(1010) / 1_000_000
+    assert bill.gaps == ()
+    assert bill.notes == (
+        "The cost of 4 calls to m is what the ledger recorded when they were made, at the price of that time.",
+        "The outcome of 1 of these calls to m is unknown; they count as spent, at the most that was set aside.",
+        f"3 calls to m were recorded without a price; they are counted at the price that is known now ({now.source}).",
+    )
+    # No price any more: the recorded part stays, the rest is said to be missing.
+    forgotten = bill_run([{**rows[0], "role": "proxy"}], Price(MINI), {"m": Unpriced("nobody knows")})
+    assert forgotten.total == recorded
+    assert forgotten.gaps == ("What m cost is not in the run's cost: nobody knows.",)
+    foreign = bill_run(rows, own_price(input=1, output=1, currency="EUR"), {})
+    assert "What m cost is in USD and not in the run's cost." in foreign.gaps
+    assert foreign.total == 3 * D(1010) / 1_000_000
 
 
 def test_every_part_can_be_overridden(finished: tuple[Path, Result]) -> None:
