@@ -64,6 +64,7 @@ LEVEL: dict[str, float] = {
     "_cost_reduction": 17,
     "_explaining": 15,
     "_shrinking": 15,
+    "_verify_stage": 15.5,
     "config": 15,
     "pipeline": 16,
     "estimate": 16.5,

@@ -13,7 +13,7 @@ from .prices import Price, Pricing, Unpriced
 
 __all__ = ["StageCost", "cost_reduction", "stage_cost"]
 
-_EXPLAINING = ("screen", "attribute")
+_EXPLAINING = ("screen", "attribute", "verify")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ def stage_cost(
 
 
 def cost_reduction(result: Result) -> dict[str, Any] | None:
-    """What oracle explanations would cost, over what was paid instead; ``None`` when nothing was screened.
+    """What oracle explanations would cost, over what was paid instead; ``None`` when nothing was screened or verified.
 
     ``CRR = C_oracle / (C_proxy + C_fallback + C_screen)`` [PE 4.3.1]. The numerator is the proxy's own number of
     coalitions, asked of the target on every explain query. Answers that another run had bought count as if this one had,
     so that the ratio is that of the method and not of what happened to be in the ledger.
     """
-    if result.screening is None or not result.oracle_prompt_tokens:
+    if (
+        result.screening is None and result.explanation.verification is None
+    ) or not result.oracle_prompt_tokens:
         return None
     spent, pricing = [_as_if_bought(row) for row in result.spent], result.pricing
     elsewhere = sum(
@@ -62,7 +64,7 @@ def cost_reduction(result: Result) -> dict[str, Any] | None:
         if row["stage"] in _EXPLAINING and row["role"] == "target"
     )
     screen = stage_cost(spent, pricing, ("screen",), "target")
-    fallback = stage_cost(spent, pricing, ("attribute",), "target")
+    fallback = stage_cost(spent, pricing, ("attribute", "verify"), "target")
     proxy = stage_cost(spent, pricing, _EXPLAINING, "proxy")
     calls = result.settings.n_proxy(result.original.n_units) * len(result.splits["explain"])
     oracle = _oracle(result, calls)
@@ -87,7 +89,7 @@ def cost_reduction(result: Result) -> dict[str, Any] | None:
         "terms": [
             oracle.to_dict("oracle: the target explains every query"),
             proxy.to_dict("proxies: screening and explaining"),
-            fallback.to_dict("fallback and instance screen: the target explains"),
+            fallback.to_dict("fallback, instance screen and verification: the target's own part"),
             screen.to_dict("screen: the target's side of the pairs"),
         ],
         "text": _text(calls, local, elsewhere),

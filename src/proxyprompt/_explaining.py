@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from .attribution.base import Attribution, Design
 from .attribution.calibrated import CalibratedAttribution, calibrate
 from .attribution.ensemble import ensemble, ensemble_weights
 from .attribution.extending import nested_designs
+from .attribution.verified_units import UnitVerification
 from .errors import InputError
 from .metering import Meter
 from .money import Call, bill_call
@@ -27,6 +29,7 @@ __all__ = [
     "ask_members",
     "explain",
     "oracle_queries",
+    "propose",
     "screen_proxies",
     "screening_plan",
     "screening_rows",
@@ -55,6 +58,13 @@ class Explanation:
         What the attributions were fitted on; of an ensemble, its members' values added up with their weights.
     members : mapping of str to float
         Proxies that explained, with what their values count for; one, unless it was an ensemble.
+    verification : UnitVerification or None
+        What the target measured of the proxies' proposal, where that was asked for; ``attribution`` then holds
+        measurements where there are any, and what the measured units let expect of the others.
+    proposal : Explanation or None
+        The proxies' own explanation, which was verified.
+    estimand : str
+        What the target measured of a unit; empty where nothing was verified.
     """
 
     attribution: Attribution
@@ -66,10 +76,20 @@ class Explanation:
     design: Design | None = field(default=None, repr=False)
     utility: NDArray[np.float64] | None = field(default=None, repr=False)
     members: Mapping[str, float] = field(default_factory=dict)
+    verification: UnitVerification | None = None
+    proposal: Explanation | None = field(default=None, repr=False)
+    estimand: str = ""
+
+    @property
+    def measured(self) -> NDArray[np.bool_]:
+        """Bool (n_units,): which attributions the target measured; all or none, unless they were verified."""
+        if self.verification is not None:
+            return self.verification.is_measured
+        return np.full(self.attribution.n_units, self.role == "target")
 
 
 def screen_proxies(run: Run) -> Screening | None:
-    if not run.proxies:
+    if not run.proxies or run.settings.screening_method == "off":
         return None
     s, n = run.settings, run.prompt.n_units
     rows = screening_rows(run)
@@ -95,7 +115,7 @@ def screen_proxies(run: Run) -> Screening | None:
         design=design,
         judge_coalitions=judges,
         rng=run.rng(3),
-        method=s.screening_method,
+        method=_rule(run),
         on=s.screening_on,
         tau=s.screening_tau,
         delta=s.screening_delta,
@@ -108,6 +128,12 @@ def screen_proxies(run: Run) -> Screening | None:
     return screening
 
 
+def _rule(run: Run) -> Literal["betting", "paper"]:
+    method = run.settings.screening_method
+    assert method != "off", "nothing is screened then"
+    return method
+
+
 def _with_ensemble(run: Run) -> bool:
     return run.settings.screening_ensemble and len(run.proxies) > 1
 
@@ -118,7 +144,7 @@ def screening_plan(run: Run, n_judge: int) -> ScreeningPlan:
     return plan_screen(
         len(run.splits["explain"]),
         len(run.proxies) + _with_ensemble(run),
-        method=s.screening_method,
+        method=_rule(run),
         on=s.screening_on,
         tau=s.screening_tau,
         delta=s.screening_delta,
@@ -130,6 +156,8 @@ def screening_plan(run: Run, n_judge: int) -> ScreeningPlan:
 def screening_rows(run: Run) -> tuple[Design, NDArray[np.bool_]] | None:
     """Coalitions that the screen fits on and judges on; ``None`` where all of them are to be asked anyway."""
     s, n = run.settings, run.prompt.n_units
+    if s.screening_method == "off":
+        return None
     design = _screening_design(run)
     if design.n_coalitions == 2**n:
         return None
@@ -161,40 +189,81 @@ def explain(run: Run, screening: Screening | None) -> Explanation:
     return _by_target(run, screening)
 
 
+def propose(run: Run, screening: Screening | None) -> tuple[Explanation, bool]:
+    """The proxies' explanation that the target is to verify, and whether a screen accepted it.
+
+    Without an accepted choice all proxies propose together; the order of an untested explanation is worth what the
+    target's measurements show it to be.
+    """
+    for candidate in [] if screening is None else [screening[name] for name in screening.accepted]:
+        explanation = _by_proxy(run, candidate)
+        if explanation is not None:
+            return explanation, True
+    members, queries = tuple(run.proxies), run.splits["explain"]
+    name = " + ".join(members)
+    agreed = _agreeing(run, members)
+    used = agreed if len(agreed) >= 2 else list(queries)
+    on = f"on the {len(used)} of {len(queries)} queries on which the prediction is the target's"
+    if used is not agreed:
+        on = (
+            f"on all {len(queries)} queries, for the prediction is the target's on {len(agreed)} of them only"
+        )
+    why = "No proxy was screened" if screening is None else "The screen accepted no proxy"
+    return _of_members(run, name, members, used, f"{why}; {name} only proposes an order, {on}."), False
+
+
 def _by_proxy(run: Run, candidate: ProxyScreening) -> Explanation | None:
     """Attributions of a proxy, or of several together, on the queries of the instance-level screen [PE 3.1]."""
-    s, n, queries, name = run.settings, run.prompt.n_units, run.splits["explain"], candidate.name
-    run.watch.stage("attribute", f"{name} explains: importance of every demonstration")
-    full = np.ones((1, n), dtype=np.bool_)
-    said = averaged([run.evaluate(run.proxies[m], queries, "attribute", full) for m in candidate.members])
-    same = agreement(run.evaluate(run.target, queries, "attribute", full), said)[0]
-    agreed = [q for q, yes in zip(queries, same, strict=True) if yes]
+    queries, name, members = run.splits["explain"], candidate.name, candidate.members
+    agreed = _agreeing(run, members)
     if len(agreed) < 2:
         run.notes.append(
             f"{name} was accepted but agrees with the target on {len(agreed)} queries; it does not explain."
         )
         return None
-    design = run.explainer.design(n, s.n_proxy(n), rng=run.rng(4))
+    who = f"{name} (the mean of their standardised attributions)" if len(members) > 1 else name
+    return _of_members(
+        run,
+        name,
+        members,
+        agreed,
+        f"The screen accepted {who}{_passed_over(run, candidate)}. It explains the {len(agreed)} of {len(queries)}"
+        " queries on which it predicts the same as the target; the target confirms and certifies.",
+    )
+
+
+def _agreeing(run: Run, members: Sequence[str]) -> list[Query]:
+    """Queries on which these proxies, by their mean, predict what the target predicts [PE 3.1]."""
+    queries = run.splits["explain"]
+    run.watch.stage("attribute", f"{' + '.join(members)} explains: importance of every demonstration")
+    full = np.ones((1, run.prompt.n_units), dtype=np.bool_)
+    said = averaged([run.evaluate(run.proxies[m], queries, "attribute", full) for m in members])
+    same = agreement(run.evaluate(run.target, queries, "attribute", full), said)[0]
+    return [q for q, yes in zip(queries, same, strict=True) if yes]
+
+
+def _of_members(
+    run: Run, name: str, members: Sequence[str], queries: Sequence[Query], why: str
+) -> Explanation:
+    design = run.explainer.design(
+        run.prompt.n_units, run.settings.n_proxy(run.prompt.n_units), rng=run.rng(4)
+    )
     utilities = []
-    for member in candidate.members:
-        values = run.evaluate(run.proxies[member], agreed, "attribute", design.coalitions)
+    for member in members:
+        values = run.evaluate(run.proxies[member], queries, "attribute", design.coalitions)
         values.require_complete(f"attribution by {member}")
         utilities.append(values.utility)
     fits = [run.explainer.fit(design, utility) for utility in utilities]
     weights = ensemble_weights(fits).tolist() if len(fits) > 1 else [1.0]
-    who = f"{name} (the mean of their standardised attributions)" if len(fits) > 1 else name
     return Explanation(
         attribution=ensemble(fits) if len(fits) > 1 else fits[0],
         role="proxy",
         model=name,
-        why=(
-            f"The screen accepted {who}{_passed_over(run, candidate)}. It explains the {len(agreed)} of {len(queries)}"
-            " queries on which it predicts the same as the target; the target confirms and certifies."
-        ),
-        query_ids=tuple(q.id for q in agreed),
+        why=why,
+        query_ids=tuple(q.id for q in queries),
         design=design,
         utility=_added(utilities, weights),
-        members=dict(zip(candidate.members, weights, strict=True)),
+        members=dict(zip(members, weights, strict=True)),
     )
 
 

@@ -18,7 +18,7 @@ from .prices import Price
 from .prompt import FewShotPrompt, Query
 from .settings import Settings
 from .task import Task
-from .value_function import PromptValueFunction, Values
+from .value_function import PromptValueFunction, Values, evaluate_together
 
 __all__ = ["Observer", "Run", "Silent", "recorded_money"]
 
@@ -114,6 +114,19 @@ class Run:
         return PromptValueFunction(
             prompt or self.prompt, self.task, queries, meter, stage, self.watch.progress
         ).evaluate(rows)
+
+    def evaluate_each(
+        self, meter: Meter, queries: Sequence[Query], stage: str, rows: Sequence[NDArray[np.bool_]]
+    ) -> list[Values]:
+        """Values of coalitions of the prompt that each query has for itself, in one batch."""
+        self.asked.update(self._keys[q.id] for q in queries if q.id in self._keys)
+        return evaluate_together(
+            [
+                PromptValueFunction(self.prompt, self.task, (q,), meter, stage, self.watch.progress)
+                for q in queries
+            ],
+            rows,
+        )
 
     def on_target(self, split: str, stage: str) -> Callable[[NDArray[np.bool_]], Values]:
         return lambda rows: self.evaluate(self.target, self.splits[split], stage, rows)

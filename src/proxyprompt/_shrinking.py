@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from .optimize.order import EvaluateOrder, OrderSearch, candidate_orders, try_or
 from .optimize.path import first_within, surrogate_path
 from .optimize.power import power_statement
 from .optimize.requirement import Requirement
-from .optimize.surrogate import Surrogate, additive_surrogate, choose_surrogate
+from .optimize.surrogate import Surrogate, additive_surrogate, choose_surrogate, corrected_surrogate
 from .optimize.swap import Swap, try_swaps
 from .prompt import FewShotPrompt, Query
 from .settings import Settings
@@ -81,6 +81,10 @@ class Explained:
     target_tokens : callable
         Coalitions that the target has answered on one query, bool (m, n_units), and its prompt tokens, int (m,), 0
         where not known.
+    proposal : Attribution or None
+        What the proxies estimated, where the target verified it; ``design`` and ``utility`` are then the proxies'.
+    slope : float
+        Target's units per unit of the proposal.
     """
 
     attribution: Attribution
@@ -89,6 +93,8 @@ class Explained:
     proxies: tuple[Meter, ...]
     queries: Sequence[Query]
     target_tokens: Callable[[], tuple[NDArray[np.bool_], NDArray[np.int64]]]
+    proposal: Attribution | None = None
+    slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,11 @@ def _labels(run: Running) -> list[str] | None:
 
 
 def _surrogate(run: Running, explained: Explained) -> Surrogate:
+    if explained.proposal is not None:
+        theirs = replace(explained, attribution=explained.proposal, proposal=None)
+        return corrected_surrogate(
+            _surrogate(run, theirs), explained.proposal, explained.attribution, slope=explained.slope
+        )
     if run.settings.interactions == "off":
         return additive_surrogate(explained.attribution, "pairs were not asked for")
     if explained.design is None or explained.utility is None:
@@ -291,9 +302,9 @@ def _unit_tokens(run: Running, explained: Explained) -> NDArray[np.float64]:
     x = np.column_stack([np.ones(int(known.sum())), coalitions[known]])
     if np.linalg.matrix_rank(x) <= run.prompt.n_units:
         raise InputError(
-            f"per={run.settings.per!r}, max_tokens={run.settings.max_tokens}: {run.target.backend.name} reports no token"
-            " counts.",
-            hint="Use per = 'demonstration' and max_demonstrations.",
+            f"per={run.settings.per!r}, max_tokens={run.settings.max_tokens}: the token counts that"
+            f" {run.target.backend.name} reported do not say how long each demonstration is.",
+            hint="Use per = 'demonstration' and max_demonstrations; with leave_one_out and verify, verify = 'all'.",
         )
     fitted = np.linalg.lstsq(x, tokens[known].astype(np.float64), rcond=None)[0][1:]
     counts: NDArray[np.float64] = np.maximum(fitted, 1.0)

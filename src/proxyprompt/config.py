@@ -94,7 +94,19 @@ _SECTIONS: dict[str, frozenset[str]] = {
         }
     ),
     "attribution": frozenset(
-        {"explainer", "proxy_coalitions", "calibrate", "oracle_queries", "error", "calls", "money"}
+        {
+            "explainer",
+            "proxy_coalitions",
+            "calibrate",
+            "oracle_queries",
+            "error",
+            "calls",
+            "money",
+            "verify",
+            "verify_top",
+            "verify_level",
+            "verify_calls",
+        }
     ),
     "clean": frozenset(
         {

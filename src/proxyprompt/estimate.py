@@ -21,6 +21,7 @@ from ._request_keys import RequestKeys
 from ._run import Run, Silent
 from ._shrinking import certificate_method
 from ._token_bounds import least_tokens, likely_tokens, most_completion, most_tokens, n_bytes
+from ._verify_stage import verification_bases
 from .attribution.base import Design
 from .backends.base import Backend, GenerateRequest, Planner, ScoreRequest
 from .data import Splits
@@ -40,6 +41,7 @@ __all__ = ["Bounds", "RunEstimate", "StageEstimate", "estimate_run"]
 # Guesses for the expected numbers only; no bound depends on them.
 _AGREE = 0.7  # share of queries on which a proxy predicts what the target predicts
 _SUSPECT = 0.15  # share of demonstrations that become suspects
+_MEASURED = 0.7  # share of the demonstrations that verification measures
 _KEPT = 0.6  # share of the demonstrations in a prompt of a later stage
 _SAMPLE = 48
 
@@ -387,6 +389,7 @@ class _Plan:
         bounds = {
             "screen": self.screen(),
             "attribute": self.attribute(),
+            "verify": self.verify(),
             "clean": self.clean(),
             "compress": self.compress(),
             "certify": self.certify(),
@@ -419,6 +422,8 @@ class _Plan:
     def attribute(self) -> _Work | None:
         run, s, n = self.run, self.run.settings, self.run.prompt.n_units
         queries = run.splits["explain"]
+        if s.verify != "off":
+            return self.propose()
         if self.rows is None:
             if not self.of_target:
                 return None
@@ -447,6 +452,48 @@ class _Plan:
         usual = _AGREE * len(queries) * max(0, wide - fitted)
         high, expected = self.left("attribute", "explain", max(accepted, len(queries) * wide), usual)
         return _Work(high=high, expected=expected)
+
+    @property
+    def unscreened(self) -> bool:
+        """Whether no screen is held: then all proxies propose what the target verifies."""
+        return self.rows is None or not screening_plan(self.run, len(self.rows[1])).n_screened
+
+    def propose(self) -> _Work:
+        """The full prompt everywhere; of proxies that propose, their coalitions on the queries that agree."""
+        run, queries = self.run, self.run.splits["explain"]
+        full = self.model.fresh(queries, self.model.full)
+        low = full if self.unscreened else _Load()
+        if self.of_target:
+            return _Work(low, low, full)
+        n = run.prompt.n_units
+        design = run.explainer.design(n, run.settings.n_proxy(n), rng=run.rng(4))
+        high = self.model.fresh(queries, np.vstack([design.coalitions, self.model.full]))
+        return _Work(low, full + _Load(high.calls - full.calls, high.bytes - full.bytes).times(_AGREE), high)
+
+    def verify(self) -> _Work | None:
+        """The target measures: the coalition of each query, and then the same without or with each demonstration."""
+        run, s, n = self.run, self.run.settings, self.run.prompt.n_units
+        if s.verify == "off" or not self.of_target:
+            return None
+        explain = run.splits["explain"]
+        queries = oracle_queries(explain, [], s.oracle_queries)
+        size = len(queries)
+        if not self.unscreened:  # as many as the screen bought
+            size = min(len(explain), max(s.oracle_queries or len(explain), 1))
+        most = size * (n + 1) if s.verify_calls is None else min(size * (n + 1), s.verify_calls)
+        if most < 2 * min(size, len(queries)):
+            return None
+        share = 1.0 if s.verify == "all" else _MEASURED
+        high, expected = self.left("verify", "explain", most, min(most, size * (1 + share * n)))
+        if not self.unscreened:
+            return _Work(high=high, expected=expected)
+        bases, _ = verification_bases(run, len(queries))
+        low = _Load()
+        for query, base in zip(queries, bases, strict=True):
+            # The full prompt is asked before.
+            low += _Load() if base.all() else self.model.fresh([query], base[None, :])
+        high, expected = (max(x, low, key=lambda load: load.calls) for x in (high, expected))
+        return _Work(low, expected, high)
 
     def clean(self) -> _Work | None:
         run, s, n = self.run, self.run.settings, self.run.prompt.n_units

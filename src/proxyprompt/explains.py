@@ -174,7 +174,7 @@ class OutputCheck:
                 f"The artifact's explanation is by the proxy {stored['model']!r}; it holds no values of the target.",
                 hint="Use calibrate_check with the target's values on a few coalitions.",
             )
-        about = ("unit_ids", "query_ids", "role", "model", "why")
+        about = ("unit_ids", "query_ids", "role", "model", "why", "source")
         known = Attribution.__dataclass_fields__
         attribution = Attribution.from_dict(
             {k: v for k, v in stored.items() if k not in about and k in known}

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._explaining import Explanation, ask_members, explain, screen_proxies
+from ._explaining import Explanation, ask_members, explain, propose, screen_proxies
 from ._query_use import note_use, refuse_used
 from ._run import Observer, Run, Silent, recorded_money
 from ._shrinking import Explained, Shrinking, certify_shrinking, plan, shrink
+from ._verify_stage import target_token_counts, verify_proposal
 from .attribution import Banzhaf, KernelSHAP, Lasso, LeaveOneOut, PermutationShapley, WeightedBanzhaf
 from .attribution.base import Explainer
 from .backends.base import Backend
@@ -56,7 +57,7 @@ _EXPLAINERS: dict[str, type[Explainer]] = {
     "weighted_banzhaf": WeightedBanzhaf,
 }
 
-STAGES = ("screen", "attribute", "clean", "compress", "certify")
+STAGES = ("screen", "attribute", "verify", "clean", "compress", "certify")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def optimize_prompt(
     watch.note(plan(settings, task, len(splits["sealed"])))
     note_use(ledger, key, "explain", prompt, splits["explain"])
     screening = _timed(run, "screen", screen_proxies)
-    explanation = _timed(run, "attribute", lambda r: explain(r, screening))
+    explanation = _explain(run, screening)
     note_use(ledger, key, "select", prompt, splits["select"])
     cleaning, relabeling = _timed(run, "clean", lambda r: _clean(r, explanation))
     compression, shrinking = _timed(run, "compress", lambda r: _compress(r, explanation, screening, cleaning))
@@ -216,6 +217,11 @@ def prepare_run(
     notes: Sequence[str] = (),
 ) -> tuple[Run, str, Pricing]:
     """What the stages share, the run's key in the ledger, and prices; nothing is loaded or sent."""
+    if settings.verify != "off" and not proxies:
+        raise InputError(
+            f"verify = {settings.verify!r}: no proxy model is named that could propose anything.",
+            hint="Name a proxy, or set verify = 'off': then the target explains itself.",
+        )
     pricing = quote_run(
         target.identity,
         {p.name: p.identity for p in proxies},
@@ -298,6 +304,13 @@ def _timed(run: Run, stage: str, step: Callable[[Run], T]) -> T:
     return value
 
 
+def _explain(run: Run, screening: Screening | None) -> Explanation:
+    if run.settings.verify == "off":
+        return _timed(run, "attribute", lambda r: explain(r, screening))
+    proposal, trusted = _timed(run, "attribute", lambda r: propose(r, screening))
+    return _timed(run, "verify", lambda r: verify_proposal(r, proposal, screening, trusted=trusted))
+
+
 def _clean(run: Run, explanation: Explanation) -> tuple[Cleaning, Relabeling | None]:
     s = run.settings
     run.watch.stage("clean", "Does the target confirm what looks harmful?")
@@ -335,6 +348,7 @@ def _reexplainer(run: Run, explanation: Explanation) -> Reexplainer:
         return run.evaluate(run.target, queries, "clean", rows)
 
     s, by_id = run.settings, {q.id: q for q in run.splits["explain"]}
+    explanation = explanation.proposal or explanation
     queries = [by_id[i] for i in explanation.query_ids]
     of_target = explanation.role == "target"
     ask = on_target if of_target else ask_members(run, explanation, "clean")
@@ -354,12 +368,15 @@ def _compress(
 ) -> tuple[Compression, Shrinking]:
     run.watch.stage("compress", "How few demonstrations does the target need?")
     by_id = {q.id: q for q in run.splits["explain"]}
+    source = explanation.proposal or explanation
     explained = Explained(
         attribution=explanation.attribution,
-        design=explanation.design,
-        utility=explanation.utility,
+        design=source.design,
+        utility=source.utility,
         proxies=tuple(run.proxies[name] for name in explanation.members),
-        queries=[by_id[i] for i in explanation.query_ids],
+        queries=[by_id[i] for i in source.query_ids],
+        proposal=source.attribution if explanation.verification is not None else None,
+        slope=0.0 if explanation.verification is None else explanation.verification.slope,
         target_tokens=lambda: _target_tokens(run, explanation, screening),
     )
     return shrink(run, explained, cleaning.kept)
@@ -369,6 +386,8 @@ def _target_tokens(
     run: Run, explanation: Explanation, screening: Screening | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Token counts of coalitions that the target has answered, from the ledger."""
+    if explanation.verification is not None:
+        return target_token_counts(run, explanation)
     if explanation.role == "target" and explanation.design is not None:
         rows, query_id = explanation.design.coalitions, explanation.query_ids[0]
     elif screening is not None and screening.queries_bought:

@@ -27,7 +27,8 @@ class Settings:
         Level of the certificate, e.g. 0.95.
     explainer : {"weighted_banzhaf", "banzhaf", "kernel_shap", "lasso", "leave_one_out", "permutation_shapley"}
         Technique of the attributions, and of the surrogates that screening compares.
-    screening_method : {"betting", "paper"}
+    screening_method : {"betting", "paper", "off"}
+        ``"off"``: no proxy is screened; they only propose what the target verifies (needs ``verify``).
     screening_on : {"attribution", "fidelity"} or None
         Which agreement with the target decides: of attributions, or of the labels that surrogates predict. Default:
         attributions; fidelity for the paper's method. The other is reported beside it.
@@ -55,8 +56,17 @@ class Settings:
     attribution_calls, attribution_money : int, float or None
         Most that these further coalitions may take, in target calls and in money (which needs a price); without
         ``attribution_error`` they are spent.
+    verify : {"off", "harmful", "top", "all"}
+        Whether the target measures what proxies propose, accepted or not: in their order, until what is left can hardly
+        change which demonstrations are harmful, or which ``verify_top`` are the most useful; or all of them. Then the
+        target's own attributions are not bought.
+    verify_top : int
+    verify_level : float
+        Expected number of demonstrations left unmeasured that would change the answer, at which measuring stops.
+    verify_calls : int or None
+        Most target calls for it.
     oracle_queries : int or None
-        Queries of the target's own attribution when no proxy is accepted. Default: all that screening
+        Queries of the target's own attribution when no proxy is accepted, and of verification. Default: all that screening
         bought, and at least 30 if there are so many.
     clean : bool
         Whether to look for harmful demonstrations.
@@ -138,7 +148,7 @@ class Settings:
     explainer: Literal[
         "weighted_banzhaf", "banzhaf", "kernel_shap", "lasso", "leave_one_out", "permutation_shapley"
     ] = "weighted_banzhaf"
-    screening_method: Literal["betting", "paper"] = "betting"
+    screening_method: Literal["betting", "paper", "off"] = "betting"
     screening_on: Literal["attribution", "fidelity"] | None = None
     screening_tau: float = 0.8
     screening_delta: float = 0.05
@@ -152,6 +162,10 @@ class Settings:
     attribution_error: float | None = None
     attribution_calls: int | None = None
     attribution_money: float | None = None
+    verify: Literal["off", "harmful", "top", "all"] = "off"
+    verify_top: int = 3
+    verify_level: float = 0.1
+    verify_calls: int | None = None
     oracle_queries: int | None = None
     clean: bool = True
     clean_level: float = 0.05
@@ -196,17 +210,32 @@ class Settings:
         object.__setattr__(self, "keep", tuple(self.keep))
         for name in ("tau", "screening_tau"):
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1]", top=True)
-        for name in ("confidence", "screening_delta", "clean_level", "suspect_level", "relabel_level"):
+        for name in (
+            "confidence",
+            "screening_delta",
+            "clean_level",
+            "suspect_level",
+            "relabel_level",
+            "verify_level",
+        ):
             _number(name, getattr(self, name), 0.0, 1.0, "(0, 1)")
         if self.explainer not in _EXPLAINERS:
             raise InputError(f"explainer: got {self.explainer!r}; allowed: {', '.join(_EXPLAINERS)}.")
-        if self.screening_method not in ("betting", "paper"):
-            raise InputError(f"screening_method: got {self.screening_method!r}; allowed: betting, paper.")
+        if self.screening_method not in ("betting", "paper", "off"):
+            raise InputError(
+                f"screening_method: got {self.screening_method!r}; allowed: betting, paper, off."
+            )
+        if self.screening_method == "off" and self.verify == "off":
+            raise InputError(
+                "screening_method = 'off' with verify = 'off': a proxy that is not screened may not explain.",
+                hint="Set verify = 'harmful', so that the target measures what the proxies propose; or name no proxy.",
+            )
         if self.screening_on not in (None, "attribution", "fidelity"):
             raise InputError(f"screening_on: got {self.screening_on!r}; allowed: attribution, fidelity.")
         if self.screening_method == "paper" and self.screening_on == "attribution":
             raise InputError("screening_on: the paper's method compares fidelities; leave it out.")
         for name, allowed in (
+            ("verify", ("off", "harmful", "top", "all")),
             ("clean_prior", ("zero_shot", "off")),
             ("relabel", ("propose", "off")),
             ("per", ("demonstration", "token")),
@@ -224,9 +253,17 @@ class Settings:
             ("screening_block", 1),
             ("judge_coalitions", 1),
             ("max_evaluations", 2),
+            ("verify_top", 1),
         ):
             _count(name, getattr(self, name), least)
-        for name in ("fit_coalitions", "proxy_coalitions", "oracle_queries", "budget_calls", "budget_tokens"):
+        for name in (
+            "fit_coalitions",
+            "proxy_coalitions",
+            "oracle_queries",
+            "verify_calls",
+            "budget_calls",
+            "budget_tokens",
+        ):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), 1)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -250,6 +287,12 @@ class Settings:
         if self.attribution_calls is not None:
             _count("attribution_calls", self.attribution_calls, 0)
         _amount("attribution_money", self.attribution_money, 1e9, "an amount, 0 or more")
+        for name in ("attribution_error", "attribution_calls", "attribution_money"):
+            if self.verify != "off" and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} with verify = {self.verify!r}: the target's own coalitions are not bought then.",
+                    hint="Leave it out; verify_calls limits what verification asks.",
+                )
         if not isinstance(self.screening_ensemble, bool):
             raise InputError(f"screening_ensemble: got {self.screening_ensemble!r}; true or false.")
         if not isinstance(self.keep_labels, bool):

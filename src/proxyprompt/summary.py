@@ -19,6 +19,7 @@ import numpy as np
 from ._cost_reduction import cost_reduction, stage_cost
 from ._provider_caching import CachingRule, caching_rule
 from ._shrinking_summary import choice_sentences, line_text, near_copies, shrinking_dict, verdict_sentences
+from ._verify_stage import verification_text
 from ._version import __version__
 from .artifact import KIND, SCHEMA, Artifact
 from .money import Call, bill_run, break_even_calls, stable_tokens
@@ -80,8 +81,10 @@ def build_artifact(
                 "role": result.explanation.role,
                 "model": result.explanation.model,
                 "why": result.explanation.why,
+                "source": _sources(result),
                 **result.explanation.attribution.to_dict(),
             },
+            "verification": _verification(result),
             "calibration": _calibration(result),
             "screening": result.screening.to_dict() if result.screening else None,
             "cleaning": {
@@ -127,6 +130,28 @@ def build_artifact(
     )
 
 
+def _sources(result: Result) -> list[str]:
+    """For every demonstration, whether its attribution was measured on the target or estimated."""
+    return ["measured" if yes else "estimated" for yes in result.explanation.measured]
+
+
+def _verification(result: Result) -> dict[str, Any] | None:
+    """What proxies estimated and what the target measured, in lists of their own."""
+    found = result.explanation.verification
+    if found is None:
+        return None
+    ids = [d.id for d in result.original.demonstrations]
+    return {
+        "unit_ids": ids,
+        "proposed_by": result.explanation.model,
+        "measured_by": result.target_name,
+        "estimand": result.explanation.estimand,
+        "n_queries": len(found.effects),
+        "text": verification_text(found, result.target_name),
+        **found.to_dict(),
+    }
+
+
 def _calibration(result: Result) -> dict[str, Any] | None:
     """How far proxies helped the target's own attributions; those without their help included."""
     found = result.explanation.calibration
@@ -155,6 +180,7 @@ def build_summary(
             "name": result.explanation.model,
             "why": result.explanation.why,
         },
+        "verification": _verification(result),
         "demonstrations": _demonstrations(result, report_text),
         "attribution_unit": _unit(result),
         "before": _prompt(certificate, full=True, n=result.original.n_units),
@@ -177,6 +203,8 @@ def _performance_name(result: Result) -> str:
 
 def _unit(result: Result) -> str:
     full, base = result.explanation.attribution.full_values, result.explanation.attribution.base_values
+    if result.explanation.verification is not None:
+        base = full  # the empty prompt was not asked
     if isinstance(result.task, TextTask):
         return f"points of {result.task.metric_name}; positive helps"
     if np.isin(full, (0.0, 1.0)).all() and np.isin(base, (0.0, 1.0)).all():
@@ -233,7 +261,7 @@ def _verdict(result: Result, cost: Mapping[str, Any]) -> dict[str, Any]:
 def _demonstrations(result: Result, report_text: ReportText) -> list[dict[str, Any]]:
     attribution = result.explanation.attribution
     classes = classify(attribution, result.cleaning, result.kept, near_copies=near_copies(result))
-    source = "measured" if result.explanation.role == "target" else "estimated"
+    source = _sources(result)
     rows = []
     for i, demo in enumerate(result.original.demonstrations):
         found = classes[i]
@@ -246,7 +274,7 @@ def _demonstrations(result: Result, report_text: ReportText) -> list[dict[str, A
                 "output": demo.output if show else None,
                 "attribution": float(attribution.mean[i]),
                 "standard_error": float(attribution.standard_error[i]),
-                "source": source,
+                "source": source[i],
                 "verdict": found.name,
                 "kept": found.kept,
                 "reason": found.reason,

@@ -123,7 +123,7 @@ def check(
 
 def spent(ledger: Ledger, run: str) -> dict[tuple[str, str, str], Any]:
     found = {}
-    for stage in ("screen", "attribute", "clean", "compress", "certify"):
+    for stage in ("screen", "attribute", "verify", "clean", "compress", "certify"):
         for role in ("target", "proxy"):
             for model, t in ledger.totals(run=run, role=role, stage=stage).by_model.items():  # type: ignore[arg-type]
                 found[stage, role, model] = (
@@ -155,6 +155,10 @@ CASES: list[dict[str, Any]] = [
     {"n": 8, "text": True},
     {"n": 8, "proxies": 2, "explain": 10},  # too few queries to screen any proxy
     {"n": 8, "proxies": 3, "explain": 20},  # to screen all of them
+    {"n": 10, "verify": "harmful", "screening_method": "off"},
+    {"n": 10, "verify": "all", "proxies": 2},  # screened too
+    {"n": 9, "verify": "top", "screening_method": "off", "explainer": "leave_one_out", "verify_calls": 150},
+    {"n": 8, "verify": "harmful", "screening_method": "off", "text": True, "explainer": "kernel_shap"},
 ]
 
 

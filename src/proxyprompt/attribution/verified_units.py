@@ -431,7 +431,8 @@ class _State:
         unseen = np.isnan(self.measured)
         line = self.line() if self.order else None
         if line is None:
-            return unseen.astype(np.float64)
+            unknown: FloatArray = unseen.astype(np.float64)
+            return unknown
         found = np.zeros(self.n)
         if self.decision == "top":
             # A difference of two measurements, so its two standard errors are larger by the root of two.

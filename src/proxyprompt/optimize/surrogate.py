@@ -14,7 +14,7 @@ from proxyprompt.errors import InconclusiveError, InputError
 
 from .path import Predict
 
-__all__ = ["Surrogate", "additive_surrogate", "choose_surrogate"]
+__all__ = ["Surrogate", "additive_surrogate", "choose_surrogate", "corrected_surrogate"]
 
 _FOLDS = 8
 _MAX_UNITS = 64
@@ -59,6 +59,37 @@ def additive_surrogate(attribution: Attribution, why: str) -> Surrogate:
     """The attributions themselves: ``mean intercept + sum of mean attributions``."""
     mean, intercept = attribution.mean, float(attribution.intercept.mean())
     return Surrogate(lambda rows: intercept + rows @ mean, "additive", why)
+
+
+def corrected_surrogate(
+    theirs: Surrogate, proposal: Attribution, verified: Attribution, *, slope: float
+) -> Surrogate:
+    """A surrogate of proxies with the target's effects in place of theirs; what bends stays the proxies', in its scale.
+
+    Parameters
+    ----------
+    theirs : Surrogate
+        Of the proxies' values.
+    proposal : Attribution
+        The proxies' attribution.
+    verified : Attribution
+        Measured on the target where it was measured; the effects that the result has.
+    slope : float
+        Target's units per unit of the proposal. Not above 0, or NaN: nothing of the proxies' surrogate is used.
+    """
+    if not slope > 0:
+        return additive_surrogate(
+            verified, "the target's measurements do not follow what the proxies estimate"
+        )
+    correction = verified.mean - slope * proposal.mean
+
+    def predict(rows: NDArray[np.bool_]) -> NDArray[np.float64]:
+        value: NDArray[np.float64] = slope * theirs.predict(rows) + rows @ correction
+        return value
+
+    errors = [None if e is None else slope * e for e in (theirs.additive_error, theirs.pairwise_error)]
+    why = f"of the proxies: {theirs.why}; effects are the target's where it measured them"
+    return Surrogate(predict, theirs.kind, why, errors[0], errors[1], theirs.copies)
 
 
 def choose_surrogate(
