@@ -8,13 +8,13 @@ from typing import Any
 
 import openai
 import pytest
+from llama import llama_server
 
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, InputError
 
 from .contract import GeneratorContract, ScorerContract, in_order
-from .llama import llama_server
 
 KEY = "canary-key-7c1f"
 LABELS = (" positive", " negative")

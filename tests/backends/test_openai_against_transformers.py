@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama import llama_server
 
 from proxyprompt.backends.base import ScoreRequest, ScoreResult
 from proxyprompt.backends.embedded import embedded
 from proxyprompt.backends.openai import OpenAIBackend
 
 from .contract import in_order
-from .llama import llama_server
 
 SHOTS = "".join(
     f"Review: {text}\nSentiment: {label}\n\n"

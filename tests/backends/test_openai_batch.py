@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+from llama import llama_server
 
 from proxyprompt._journal import LedgerJournal, MemoryJournal
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
@@ -25,7 +26,6 @@ from proxyprompt.prices import own_price
 
 from .batch_server import BatchServer, batch_server
 from .contract import check_score_result, in_order
-from .llama import llama_server
 from .scripted_server import scripted_server
 
 LABELS = (" positive", " negative")

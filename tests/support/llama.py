@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def llama_server(weights: Path | None = None) -> Iterator[str]:
+def llama_server(weights: Path | None = None, *, alias: str = "smol", n_ctx: int = 2048) -> Iterator[str]:
     """Base URL, by default of the shipped 4-bit weights.
 
     One thread, and log-probabilities that do not depend on what was asked before.
@@ -21,9 +21,9 @@ def llama_server(weights: Path | None = None) -> Iterator[str]:
         [weights] = Path(spec.origin).parent.glob("*.gguf")
     params = xllamacpp.CommonParams()
     params.model.path = str(weights)
-    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = 2048, 1, 0, 0, False
+    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = n_ctx, 1, 0, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.model_alias = {"smol"}
+    params.model_alias = {alias}
     # Otherwise log-probabilities move with what the prefix cache holds.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
