@@ -1,6 +1,7 @@
 """What is under way at a provider, written down so that another process can go on with it.
 
-A table beside the calls, one row per entry: text that the backend wrote, private because the ledger is.
+A table beside the calls, one row per entry: what the backend wrote. It names requests as the ledger does, and holds nothing
+of what was asked or answered.
 """
 
 from __future__ import annotations
@@ -54,10 +55,16 @@ class LedgerJournal:
         Whose entries these are: one model at one address.
     keys : sequence of str
         Ledger keys of the batch.
+
+    Attributes
+    ----------
+    keys : sequence of str
+        Their names in the file, which the backend writes down: keyed hashes unless the ledger keeps texts, as a plain hash
+        of a short text could be found by trying.
     """
 
     def __init__(self, ledger: Ledger, owner: str, keys: Sequence[str]) -> None:
-        self.keys = keys
+        self.keys: Sequence[str] = [ledger.stored_name(key).hex() for key in keys]
         self._ledger = ledger
         self._owner = owner
         with ledger.transaction() as connection:
@@ -83,6 +90,4 @@ class LedgerJournal:
         """Close what earlier, dead processes sent of these requests: it is still under way, and counted anew here."""
         query = "UPDATE attempt SET state = 'failed', error = ? WHERE key = ? AND state = 'unknown'"
         with self._ledger.transaction() as connection:
-            connection.executemany(
-                query, [(_CONTINUED, self._ledger.stored_name(self.keys[i])) for i in indices]
-            )
+            connection.executemany(query, [(_CONTINUED, bytes.fromhex(self.keys[i])) for i in indices])

@@ -3,7 +3,8 @@
 ``full``
     Prompts and answers as they are, in a file for the owner's eyes only.
 ``hash``
-    Log-probabilities and token counts; no prompt, no generated text, no error text. The names of the calls are keyed
+    Log-probabilities and token counts, and by what means the server gave them; no prompt, no generated text, no error
+    text. The names of the calls are keyed
     hashes (HMAC-SHA-256): without the secret nobody can try out which prompt a row belongs to.
 ``encrypted``
     Names as with ``hash``; prompts, answers and errors under AES-256-GCM, each bound to its row.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
@@ -126,10 +128,7 @@ class Vault:
         if text is None or self.mode == "full":
             return text
         if self.mode == "hash":
-            if column == "body":
-                _require_numbers(text)
-                return text
-            return None
+            return _numbers_of(text) if column == "body" else None
         assert self._cipher is not None
         nonce = os.urandom(_NONCE)
         return nonce + bytes(self._cipher.encrypt(nonce, text, column.encode() + b"|" + name))
@@ -176,17 +175,31 @@ def _derive(secret: bytes, purpose: bytes, salt: bytes) -> bytes:
     return hmac.digest(secret, b"proxyprompt ledger 1|" + purpose + b"|" + salt, "sha256")
 
 
-def _require_numbers(body: bytes) -> None:
-    """Refuse a body with any text in it beyond the names of scores and their infinity."""
+_EVIDENCE = ("logprobs", "decisions", "texts")
+_FINGERPRINT = re.compile(r"[A-Za-z0-9._:+-]{1,64}")
+
+
+def _numbers_of(body: bytes) -> bytes:
+    """The body; refused with any text in it beyond the names of scores, their infinity, and the kind of evidence.
+
+    The server's name for its configuration stays if it looks like one, and is left out otherwise: the answer is paid for.
+    """
     try:
         data = json.loads(body)
     except ValueError:
         data = ""
-    if not isinstance(data, dict) or not all(_numeric(part) for part in data.values()):
-        raise InputError(
-            "store='hash' keeps numbers only, and this answer holds text.",
-            hint="Use store='encrypted' or 'full' for tasks with generated text.",
-        )
+    if isinstance(data, dict) and data.get("evidence", "logprobs") in _EVIDENCE:
+        rest = {name: part for name, part in data.items() if name not in ("evidence", "fingerprint")}
+        if all(_numeric(part) for part in rest.values()):
+            mark = data.get("fingerprint", "-")
+            if isinstance(mark, str) and _FINGERPRINT.fullmatch(mark):
+                return body
+            del data["fingerprint"]
+            return json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
+    raise InputError(
+        "store='hash' keeps numbers only, and this answer holds text.",
+        hint="Use store='encrypted' or 'full' for tasks with generated text.",
+    )
 
 
 def _numeric(value: Any) -> bool:

@@ -231,6 +231,8 @@ def prepare_run(
     # The first accepted proxy explains, so the cheapest comes first; equal prices keep the order given.
     proxies = sorted(proxies, key=lambda p: _price_of(pricing.proxies[p.name]))
     key = _run_key(prompt, task, splits, settings, [target, *proxies])
+    if ledger is not None:
+        key = ledger.conceal(key)[:16]  # who knows all texts but one could try that one
     limits, of_proxies = run_limits(settings, pricing)
     run = Run(
         prompt=prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +14,8 @@ from llama import llama_server
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, InputError
+from proxyprompt.ledger import Ledger
+from proxyprompt.metering import Meter
 
 from .contract import GeneratorContract, ScorerContract, in_order
 
@@ -143,8 +146,24 @@ class TestRealServer:
         assert len(chat.text) > 10
         assert one.usage.completion_tokens == 1
 
+    # --- arguments ---------------------------------------------------------------------------------------
 
-# --- arguments ---------------------------------------------------------------------------------------
+    @pytest.mark.parametrize("mode", ["full", "hash", "encrypted"])
+    @pytest.mark.parametrize("evidence", ["logprobs", "texts"])
+    def test_answers_are_kept_and_found_in_every_store_mode(
+        self, llama: str, tmp_path: Path, mode: Any, evidence: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PROXYPROMPT_LEDGER_KEY", "ab" * 32)
+        request = ScoreRequest(f"{SHOTS}Review: a great film\nSentiment:", (" positive", " negative"))
+        first = None
+        for _ in range(2):
+            with Ledger(tmp_path / "l.db", store=mode) as ledger:
+                backend = OpenAIBackend("smol", base_url=llama, evidence=evidence)
+                [result] = Meter(backend, ledger, role="target", run="r").score([request], stage="s")
+                assert (ledger.totals().done, ledger.totals().unknown) == (1, 0)
+            assert result.fingerprint  # this server names its build
+            assert first in (None, result)
+            first = result
 
 
 class TestArguments:

@@ -20,7 +20,7 @@ from proxyprompt._journal import LedgerJournal, MemoryJournal
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
-from proxyprompt.ledger import Ledger
+from proxyprompt.ledger import Ledger, request_key
 from proxyprompt.metering import Meter
 from proxyprompt.prices import own_price
 
@@ -142,6 +142,33 @@ class TestResuming:
         assert (len(account.batches), len(account.live)) == (1, calls)
         assert len(account.files) == files + 1  # the output
         assert account.lines_run == 5
+
+    @pytest.mark.parametrize("mode", ["full", "hash", "encrypted"])
+    def test_what_is_under_way_is_private_where_the_ledger_is(
+        self, account: BatchServer, tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PROXYPROMPT_LEDGER_KEY", "ab" * 32)
+        path = tmp_path / "l.db"
+        account.looks = 10**9
+        backend = batched(account, batch_wait=0.05)
+        keys = [request_key(backend.identity, "score", request, {}) for request in REQUESTS]
+        with Ledger(path, store=mode) as ledger:
+            with pytest.raises(RetryableBackendError):
+                Meter(backend, ledger, role="target", run="r").score(REQUESTS, stage="s")
+            content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+            with ledger.transaction() as connection:
+                [(entry,)] = connection.execute("SELECT entry FROM journal").fetchall()
+        traces = [*(k.encode() for k in keys), *map(bytes.fromhex, keys), *(r.encode() for r in REVIEWS)]
+        found = [trace for trace in traces if trace in content]
+        assert bool(found) == (mode == "full")
+        assert sum(key in entry for key in keys) == (5 if mode == "full" else 0)
+        # A later process finds what is under way all the same, and sends nothing.
+        account.looks = 1
+        with Ledger(path) as ledger:
+            assert all(r.error is None for r in meter(account, ledger).score(REQUESTS, stage="s"))
+            totals = ledger.totals(run="r")
+            assert (totals.done, totals.unknown, totals.open) == (6, 0, 0)
+        assert (len(account.batches), account.lines_run, len(account.live)) == (1, 5, 1)
 
     def test_a_process_that_is_killed_while_it_waits(self, account: BatchServer, tmp_path: Path) -> None:
         account.looks = 10**9

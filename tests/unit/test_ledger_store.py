@@ -139,10 +139,45 @@ def test_generated_text_is_refused_before_it_is_paid_for(tmp_path: Path) -> None
         with pytest.raises(InputError, match="keeps numbers only"):
             Meter(model, ledger, role="target", run="r").generate([GenerateRequest("x")], stage="s")
         (attempt,) = ledger.reserve(["cd" * 32], run="r", stage="s", role="target", model="m")
-        for body in ('{"text":"hello"}', "hello", '{"logprobs":["a"]}', '["x"]'):
+        for body in (
+            '{"text":"hello"}',
+            "hello",
+            '{"logprobs":["a"]}',
+            '["x"]',
+            '{"logprobs":[0],"evidence":"hello"}',
+            '{"logprobs":[0],"evidence":["texts"]}',
+        ):
             with pytest.raises(InputError, match="holds text"):
                 ledger.record([Answer(attempt, "cd" * 32, body)])
     assert model.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("mark", "kept"), [("fp_a2b.c-9:1", True), (f"it said {SECRET_TEXT}", False), ("x" * 65, False)]
+)
+def test_numbers_only_keeps_the_means_and_a_name_of_the_server_but_no_words(
+    tmp_path: Path, mark: str, kept: bool
+) -> None:
+    class Server(Model):
+        def score(self, requests: Sequence[ScoreRequest], **options: Any) -> Any:
+            options["on_send"]([0])
+            yield [
+                (
+                    0,
+                    ScoreResult(
+                        (-0.5, None), (True, True), Usage(9, 1), evidence="texts", samples=4, fingerprint=mark
+                    ),
+                )
+            ]
+
+    with Ledger(tmp_path / "l.db", store="hash") as ledger:
+        meter = Meter(Server(), ledger, role="target", run="r")
+        meter.score(requests_of(1), stage="s")
+        [again] = meter.score(requests_of(1), stage="s")
+        assert ledger.totals().done == 1
+    assert (again.evidence, again.samples, again.logprobs) == ("texts", 4, (-0.5, None))
+    assert again.fingerprint == (mark if kept else None)
+    assert b"Xanthoplex" not in files(tmp_path)
 
 
 def test_a_row_moved_to_another_key_is_not_served_even_with_its_hash_mended(tmp_path: Path) -> None:
