@@ -20,6 +20,7 @@ LEVEL: dict[str, float] = {
     "_trinomial": 3,
     "attribution": 3,
     "_noninferiority": 4,
+    "_certifiable": 4.5,
     "_bets": 3,
     "_sequential_rules": 4,
     "agreement": 4,
@@ -89,6 +90,7 @@ ARRAYS_ONLY = (
     "_sequential_rules",
     "_bets",
     "_noninferiority",
+    "_certifiable",
     "_trinomial",
     "testing",
 )

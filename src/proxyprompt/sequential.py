@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._noninferiority import CertifiableLoss, NonInferiority, non_inferiority, smallest_certifiable_loss
+from ._certifiable import CertifiableLoss, smallest_certifiable_loss
+from ._noninferiority import NonInferiority, non_inferiority
 from ._sequential_rules import (
     SequentialDecision,
     betting_rule,
