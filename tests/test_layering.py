@@ -41,6 +41,7 @@ LEVEL: dict[str, float] = {
     "_ledger_owners": 7.5,
     "_ledger_rows": 7.5,
     "_ledger_commit": 7.5,
+    "_ledger_sync": 7.5,
     "_token_bounds": 7.5,
     "_ledger_accounts": 8,
     "_ledger_file": 8,

@@ -1,18 +1,21 @@
 """What durability costs: wall time of the same calls with and without a ledger, side by side in one run.
 
 A server in a process of its own answers on loopback after a fixed time. The real backend asks it through the meter, with
-a warm connection pool and its pace fully grown; arms alternate. A call takes its place from the moment it is announced
-until its answer is on the disk, so with a ledger fewer calls are on the wire; a third arm has one place in sixteen
-more. A second table takes the backend away: threads that each mark a call as sent, wait, and record the answer, so that
-only the ledger's own waiting is left.
+a warm connection pool and its pace fully grown. Three arms take turns with the same backend, the same calls and the same
+number in flight: no ledger; a ledger that never waits for the disk (it would not survive a power cut); the ledger as it
+is. Ratios are of runs next to each other in time; intervals are t intervals of their logarithms. A second table takes
+the backend away: threads that each mark a call as sent, wait, and record the answer, so that every call waits for the
+disk twice.
 
-    python benchmarks/ledger/run.py            # about six minutes; writes results.json and results.md beside itself
+    python benchmarks/ledger/run.py            # about ten minutes; writes results.json and results.md beside itself
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -27,7 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from proxyprompt import Ledger
+from proxyprompt import Ledger, _ledger_sync
 from proxyprompt._version import __version__
 from proxyprompt.backends.base import ScoreRequest, Usage
 from proxyprompt.backends.openai import OpenAIBackend
@@ -35,11 +38,13 @@ from proxyprompt.ledger import Answer, request_key
 from proxyprompt.metering import Meter
 
 HERE = Path(__file__).parent
-CASES = [(16, 100, 20), (16, 300, 10), (16, 1000, 5), (64, 300, 8)]
-REPEATS = 3
+CASES = [(16, 100, 24), (16, 300, 10), (16, 1000, 5), (64, 300, 10), (64, 1000, 5)]
+REPEATS = 8
+T_975 = 2.365  # of Student's t with REPEATS - 1 degrees of freedom
+ARMS = ("none", "unflushed", "durable")
 BODY = json.dumps(
     {
-        "id": "x", "object": "text_completion", "created": 1, "model": "m",
+        "id": "x-%08d", "object": "text_completion", "created": 1, "model": "m",
         "choices": [
             {"index": 0, "text": " a", "finish_reason": "length", "logprobs": {
                 "tokens": [" a"], "token_logprobs": [-0.1], "text_offset": [0],
@@ -51,6 +56,8 @@ BODY = json.dumps(
 
 
 async def _serve(seconds: float, port: Any) -> None:
+    numbers = itertools.count()
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
@@ -64,9 +71,9 @@ async def _serve(seconds: float, port: Any) -> None:
                 await asyncio.sleep(seconds)
                 head = (
                     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-                    % len(BODY)
+                    % len(BODY % 0)
                 )
-                writer.write(head + BODY)
+                writer.write(head + BODY % next(numbers))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
@@ -80,16 +87,52 @@ def _server(seconds: float, port: Any) -> None:
     asyncio.run(_serve(seconds, port))
 
 
-class Commits:
-    """Counts the commits of a ledger."""
+class Counts:
+    """Counts the transactions of a ledger and its waits for the disk; ``flush=False`` leaves the latter out."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.n = 0
-        with ledger._file.use("read") as connection:
-            connection.set_trace_callback(self._see)
+    def __init__(self, ledger: Ledger | None, *, flush: bool = True) -> None:
+        self.transactions = self.flushes = 0
+        self._flush = flush
+        if ledger is not None:
+            with ledger._file.use("read") as connection:
+                connection.set_trace_callback(self._see)
 
     def _see(self, statement: str) -> None:
-        self.n += statement == "COMMIT"
+        self.transactions += statement == "COMMIT"
+
+    def __enter__(self) -> Counts:
+        self._real = _ledger_sync._flush_to_disk
+        _ledger_sync._flush_to_disk = self._count
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ledger_sync._flush_to_disk = self._real
+
+    def _count(self, handle: int) -> None:
+        self.flushes += 1
+        if self._flush:
+            self._real(handle)
+
+
+class Load:
+    """Share of the processors that other work takes, between two looks; ``pids`` are ours."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = ("self", *pids)
+        self._before = self._look()
+
+    def _look(self) -> tuple[int, int, int]:
+        numbers = [int(part) for part in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        own = 0
+        for pid in self._pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            own += int(fields[11]) + int(fields[12])
+        return sum(numbers), sum(numbers) - numbers[3] - numbers[4], own
+
+    def elsewhere(self) -> float | None:
+        """Share of all processor time, 0 to 1."""
+        total, busy, own = (now - then for now, then in zip(self._look(), self._before, strict=True))
+        return round(max(0, busy - own) / max(1, total), 3)
 
 
 def _requests(n: int, what: str) -> list[ScoreRequest]:
@@ -97,54 +140,59 @@ def _requests(n: int, what: str) -> list[ScoreRequest]:
 
 
 def through_the_backend(calls_in_flight: int, milliseconds: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Wall seconds of both arms, alternating."""
+    """Wall seconds of the arms, taking turns."""
     port = multiprocessing.Value("i", 0)
     process = multiprocessing.Process(target=_server, args=(milliseconds / 1000, port), daemon=True)
     process.start()
     while not port.value:
         time.sleep(0.01)
     url, n = f"http://127.0.0.1:{port.value}/v1", calls_in_flight * rounds
-    more = calls_in_flight + calls_in_flight // 16
-    backends = {n: OpenAIBackend("m", base_url=url, concurrency=n) for n in (calls_in_flight, more)}
-    arms = ("without", "with", "one more")
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    commits = []
+    backend = OpenAIBackend("m", base_url=url, concurrency=calls_in_flight)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    counted: list[Counts] = []
     try:
-        for width, backend in backends.items():
-            backend._pace._limit = float(width)  # it grows by one call a round
-            Meter(backend, None, role="target", run="r").score(_requests(2 * width, "warm"), stage="s")
+        backend._pace._limit = float(calls_in_flight)  # it grows by one call a round
+        Meter(backend, None, role="target", run="r").score(_requests(2 * calls_in_flight, "warm"), stage="s")
+        assert process.pid is not None
+        load = Load(process.pid)
         for repeat in range(REPEATS):
-            for arm in arms[repeat % 3 :] + arms[: repeat % 3]:
-                backend = backends[more if arm == "one more" else calls_in_flight]
+            for arm in ARMS[repeat % 3 :] + ARMS[: repeat % 3]:
                 requests = _requests(n, f"{repeat} {arm}")
                 path = folder / f"{calls_in_flight}-{milliseconds}-{repeat}-{arm}.db"
-                ledger = Ledger(path) if arm != "without" else None
-                counter = Commits(ledger) if ledger is not None else None
-                started = time.perf_counter()
-                results = Meter(backend, ledger, role="target", run="r").score(requests, stage="s")
-                seconds[arm].append(time.perf_counter() - started)
-                assert all(result.error is None for result in results)
-                if ledger is not None and counter is not None:
-                    commits.append(counter.n)
+                ledger = None if arm == "none" else Ledger(path)
+                meter = Meter(backend, ledger, role="target", run="r")
+                with Counts(ledger, flush=arm == "durable") as counts:
+                    started = time.perf_counter()
+                    results = meter.score(requests, stage="s")
+                    seconds[arm].append(time.perf_counter() - started)
+                errors = {result.error for result in results}
+                assert errors == {None}, errors
+                if arm == "durable":
+                    counted.append(counts)
+                if ledger is not None:
                     assert ledger.totals().done == n
                     ledger.close()
+        elsewhere = load.elsewhere()
     finally:
         process.terminate()
         process.join()
-    return _row(calls_in_flight, milliseconds, n, seconds, commits)
+    return _row(calls_in_flight, milliseconds, n, seconds, counted, elsewhere)
 
 
 def by_threads(callers: int, milliseconds: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """The same with threads that only sleep: the ledger's own share."""
-    n, seconds, commits = callers * rounds, {"without": [], "with": []}, []  # type: ignore[var-annotated]
+    """The same with threads that only sleep and wait for the disk twice a call: the ledger's own share."""
+    n = callers * rounds
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    counted: list[Counts] = []
+    load = Load()
     for repeat in range(REPEATS):
-        for arm in ("without", "with") if repeat % 2 == 0 else ("with", "without"):
-            ledger = Ledger(folder / f"t{callers}-{milliseconds}-{repeat}.db") if arm == "with" else None
-            keys = [request_key({}, "score", request, {}) for request in _requests(n, f"{repeat}")]
+        keys = [request_key({}, "score", request, {}) for request in _requests(n, f"{repeat}")]
+        for arm in ARMS[repeat % 3 :] + ARMS[: repeat % 3]:
+            ledger = (
+                None if arm == "none" else Ledger(folder / f"t{callers}-{milliseconds}-{repeat}-{arm}.db")
+            )
             ids = [0] * n
-            counter = None
             if ledger is not None:
-                counter = Commits(ledger)
                 ids = ledger.reserve(keys, run="r", stage="s", role="target", model="m")
 
             def caller(
@@ -159,59 +207,77 @@ def by_threads(callers: int, milliseconds: int, rounds: int, folder: Path) -> di
                             [Answer(ids[i], keys[i], BODY.decode(), Usage(300, 1), "m", "x" * 1200)]
                         )
 
-            started = time.perf_counter()
-            with ThreadPoolExecutor(callers) as pool:
-                list(pool.map(caller, range(callers)))
-            seconds[arm].append(time.perf_counter() - started)
-            if ledger is not None and counter is not None:
-                commits.append(counter.n)
+            with Counts(ledger, flush=arm == "durable") as counts:
+                started = time.perf_counter()
+                with ThreadPoolExecutor(callers) as pool:
+                    list(pool.map(caller, range(callers)))
+                seconds[arm].append(time.perf_counter() - started)
+            if arm == "durable":
+                counted.append(counts)
+            if ledger is not None:
                 assert ledger.totals().done == n
                 ledger.close()
-    return _row(callers, milliseconds, n, seconds, commits)
+    return _row(callers, milliseconds, n, seconds, counted, load.elsewhere())
+
+
+def _ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    logs = [math.log(a / b) for a, b in zip(above, below, strict=True)]
+    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    ends = (mean, mean - T_975 * error, mean + T_975 * error)
+    return dict(zip(("mean", "low", "high"), (round(math.exp(end) - 1, 4) for end in ends), strict=True))
 
 
 def _row(
-    width: int, milliseconds: int, n: int, seconds: dict[str, list[float]], commits: list[int]
+    width: int,
+    milliseconds: int,
+    n: int,
+    seconds: dict[str, list[float]],
+    counted: list[Counts],
+    elsewhere: float | None,
 ) -> dict[str, Any]:
-    without, with_ledger = (statistics.median(seconds[arm]) for arm in ("without", "with"))
     return {
         "in_flight": width,
         "latency_ms": milliseconds,
         "calls": n,
         "seconds": {arm: [round(x, 3) for x in values] for arm, values in seconds.items()},
-        "overhead": round(with_ledger / without - 1, 4),
-        "overhead_of_the_best": round(min(seconds["with"]) / min(seconds["without"]) - 1, 4),
-        "overhead_with_one_more": (
-            round(statistics.median(seconds["one more"]) / without - 1, 4) if "one more" in seconds else None
-        ),
-        "milliseconds_per_call_of_a_slot": round(1000 * (with_ledger - without) * width / n, 2),
-        "commits_per_call": round(statistics.median(commits) / n, 2),
+        "durable_to_none": _ratio(seconds["durable"], seconds["none"]),
+        "unflushed_to_none": _ratio(seconds["unflushed"], seconds["none"]),
+        "best_of_both": round(min(seconds["durable"]) / min(seconds["none"]) - 1, 4),
+        "transactions_per_call": round(statistics.median(one.transactions for one in counted) / n, 2),
+        "flushes_per_call": round(statistics.median(one.flushes for one in counted) / n, 2),
+        "processors_busy_elsewhere": elsewhere,
+        "load_average": round(os.getloadavg()[0], 2),
     }
 
 
-def _commit_milliseconds(folder: Path) -> float:
+def _flush_milliseconds(folder: Path) -> float:
     with Ledger(folder / "one.db") as ledger:
+        ids = ledger.reserve([f"{i:064x}" for i in range(200)], run="r", stage="s", role="target", model="m")
         times = []
-        for i in range(200):
+        for number in ids:
             started = time.perf_counter()
-            ledger.reserve([f"{i:064x}"], run="r", stage="s", role="target", model="m")
+            ledger.mark_sent([number])
             times.append(time.perf_counter() - started)
     return round(1000 * statistics.median(times), 2)
 
 
+def _per_cent(ratio: dict[str, float]) -> str:
+    return f"{ratio['mean']:+.1%} ({ratio['low']:+.1%} to {ratio['high']:+.1%})"
+
+
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| in flight | answer after | calls | without, s | with, s | durability costs | best of both arms |"
-        " one place in 16 more | commits per call |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| in flight | answer after | calls | no ledger, s | durable, s | **durable to none** | best to best |"
+        " of it without waiting for the disk | flushes per call | processors busy elsewhere |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        arms = [f"{statistics.median(row['seconds'][arm]):.2f}" for arm in ("without", "with")]
-        more = row["overhead_with_one_more"]
+        arms = [f"{statistics.median(row['seconds'][arm]):.2f}" for arm in ("none", "durable")]
         lines.append(
             f"| {row['in_flight']} | {row['latency_ms']} ms | {row['calls']} | {arms[0]} | {arms[1]} |"
-            f" {row['overhead']:+.1%} | {row['overhead_of_the_best']:+.1%} |"
-            f" {'' if more is None else f'{more:+.1%}'} | {row['commits_per_call']} |"
+            f" {_per_cent(row['durable_to_none'])} | {row['best_of_both']:+.1%} |"
+            f" {_per_cent(row['unflushed_to_none'])} | {row['flushes_per_call']} |"
+            f" {row['processors_busy_elsewhere']:.0%} |"
         )
     return lines
 
@@ -236,34 +302,33 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results["commit_ms"] = _commit_milliseconds(folder)
+        results["flush_ms"] = _flush_milliseconds(folder)
         for kind, function in measure:
             results[kind] = []
             for case in CASES:
                 results[kind].append(function(*case, folder))
                 print(kind, results[kind][-1], flush=True)
-        results["load_average"] = round(os.getloadavg()[0], 2)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     text = [
         "# What durability costs",
         "",
-        f"`{results['command']}`, {results['date']}, {versions}; {results['hardware']}; load average"
-        f" {results['load_average']} at the end (other work ran on the machine).",
-        f"One durable commit took {results['commit_ms']} ms.",
+        f"`{results['command']}`, {results['date']}, {versions}; {results['hardware']}.",
+        f"Marking one call as sent, with its wait for the disk, took {results['flush_ms']} ms.",
         "",
-        f"Medians of {REPEATS} runs of each arm, alternating; every single time is in `results.json`.",
+        f"{REPEATS} runs of each arm, taking turns; seconds are medians, ratios are geometric means of pairs with 95 %"
+        " intervals; every single time is in `results.json`.",
         "",
         "The OpenAI backend, through the meter:",
         "",
         *_table(results["backend"]),
         "",
-        "A call waits for the disk between its answer and the next call of its place: about one commit through the backend"
-        " (the next call is marked in the commit that stores the answer), two by threads. The cost in per cent is that wait"
-        " divided by the time of an answer: it shrinks as answers take longer. While other work keeps the machine busy, the"
-        " arms of the first table scatter by more than what they are to show; the second table is steadier.",
+        "An answer is written before the next call leaves, and flushed while calls are under way; the next call was marked"
+        " on the disk earlier. So the disk is waited for at the beginning and at the end of a batch, and in between only"
+        " when more answers come at once than calls are marked ahead (here the first rounds, as a server with a fixed time"
+        " answers in bursts).",
         "",
-        "Threads that mark, wait and record, without backend and network:",
+        "Threads that mark, wait and record, without backend and network; each call waits for the disk twice:",
         "",
         *_table(results["threads"]),
         "",

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ._ledger_owners import owner
+from ._ledger_owners import AHEAD, owner
 from ._ledger_rows import PICO, CallRole, Limits
 from .errors import BudgetExceededError, InputError, LedgerError
 
@@ -135,13 +135,14 @@ def mark(
     *,
     given: bool,
     where: Path,
+    ahead: bool = False,
 ) -> list[int]:
     """Mark attempts as sent, with these amounts if they are ``given``, and enter repetitions; see ``Ledger.mark_sent``."""
     query = "SELECT run, stage, role, model, currency, key FROM attempt WHERE id = ?"
     rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
     if rows and rows[0] is not None:
         check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
-    change = ", estimate = ?, allowance = ?" if given else ""
+    change = (", estimate = ?, allowance = ?" if given else "") + (f", error = '{AHEAD}'" if ahead else "")
     values = [(*(amount if given else ()), n) for n, amount in zip(ids, amounts, strict=False)]
     query = f"UPDATE attempt SET state = 'sent'{change} WHERE id = ? AND state = 'reserved'"
     marked = connection.executemany(query, values).rowcount if values else 0

@@ -1,4 +1,4 @@
-"""Many threads, one write to the disk: a durable commit costs milliseconds, so those who come together share it."""
+"""Many threads, one transaction: those who come together share it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class _Waiting:
     result: Any = None
     error: BaseException | None = None
     done: bool = False
+    ticket: int = 0
 
 
 class CommitQueue:
     """Group commit without a thread of its own.
 
-    While one thread leads and waits for the disk, the others queue up; when it is done, those whose work it took along go
+    While one thread leads and writes, the others queue up; when it is done, those whose work it took along go
     their way at once, and one of the rest leads with the whole queue. Each piece stands in a savepoint, so that an
     error of one leaves the others as they are.
 
@@ -45,6 +46,8 @@ class CommitQueue:
         Turns an error of SQLite into one of ours.
     lock : RLock
         Held while the connection is in use.
+    ticket : callable
+        Names the commit that comes next; see :class:`~proxyprompt._ledger_sync.DiskSync`.
     """
 
     def __init__(
@@ -52,10 +55,12 @@ class CommitQueue:
         use: Callable[[str], AbstractContextManager[sqlite3.Connection]],
         explained: Callable[[str, Exception], ProxyPromptError],
         lock: threading.RLock,
+        ticket: Callable[[], int],
     ) -> None:
         self._use = use
         self._explained = explained
         self._lock = lock
+        self._ticket = ticket
         self._queue: deque[_Waiting] = deque()
         self._turn = threading.Condition()
         self._leading = False
@@ -65,8 +70,8 @@ class CommitQueue:
         self._queue.clear()
         self._turn, self._leading = threading.Condition(), False
 
-    def run(self, action: str, work: Job[T]) -> T:
-        """Run ``work`` in a durable transaction and return what it returns, or raise what it raises."""
+    def run(self, action: str, work: Job[T]) -> tuple[T, int]:
+        """Run ``work`` in a transaction and return what it returns, or raise what it raises; and the commit's ticket."""
         mine = _Waiting(work)
         self._queue.append(mine)
         try:
@@ -78,7 +83,7 @@ class CommitQueue:
                     self._queue.remove(mine)
         if mine.error is not None:
             raise mine.error
-        return mine.result  # type: ignore[no-any-return]
+        return mine.result, mine.ticket
 
     def _wait_or_lead(self, mine: _Waiting, action: str) -> None:
         """Wait until ``mine`` is done, or until nobody leads, and then lead."""
@@ -108,6 +113,9 @@ class CommitQueue:
                     connection.execute("BEGIN IMMEDIATE")
                     for job in jobs:
                         self._run_job(connection, job, action, alone=len(jobs) == 1)
+                    ticket = self._ticket()
+                    for job in jobs:
+                        job.ticket = ticket
                     committing = True
                     connection.execute("COMMIT")
                     committed = True

@@ -16,6 +16,7 @@ from typing import TypeVar
 from ._ledger_commit import CommitQueue, Job
 from ._ledger_owners import settle_dead
 from ._ledger_schema import APPLICATION_ID, SCHEMA, create_tables, migrate, pragma
+from ._ledger_sync import DiskSync
 from .errors import LedgerCorruptError, LedgerError
 
 try:
@@ -34,8 +35,10 @@ _BUSY_SECONDS = 60.0
 _WAL_RESET_DEFECT = (3, 7, 0) <= sqlite3.sqlite_version_info < (3, 51, 3)
 _FOLD_BYTES = 64 * 2**20
 
-# FULL syncs every commit; on macOS a plain sync stays in the drive's cache, hence fullfsync.
+# On macOS a plain sync stays in the drive's cache, hence fullfsync.
 _PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL", "fullfsync = ON")
+# Once the file is open, commits are flushed by DiskSync, and by SQLite only when the log is folded in.
+_WRITING = ("synchronous = NORMAL", "checkpoint_fullfsync = ON")
 _SPARE_BYTES = 4 * 2**20
 
 T = TypeVar("T")
@@ -55,7 +58,9 @@ class LedgerFile:
         self._create = create
         self._first_meta = first_meta
         self._lock = threading.RLock()
-        self._commits = CommitQueue(self.use, self._explained, self._lock)
+        wal = self.path.with_name(self.path.name + "-wal")
+        self.disk = DiskSync(wal, lambda error: self._explained("flushed to the disk", error))
+        self._commits = CommitQueue(self.use, self._explained, self._lock, self.disk.ticket)
         self._connection: sqlite3.Connection | None = None
         self._presence: int | None = None
         self._closed = False
@@ -67,13 +72,24 @@ class LedgerFile:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         with self._lock:
+            if self._connection is not None:
+                with suppress(LedgerError):  # what somebody waited for is on the disk already
+                    self.disk.through(self.disk.last)
             self._closed = True
             self._disconnect()
             self._leave()
 
     def commit(self, action: str, work: Job[T]) -> T:
         """Run ``work`` in a durable transaction, shared with what other threads want written just then."""
-        return self._commits.run(action, work)
+        result, ticket = self._commits.run(action, work)
+        self.disk.through(ticket)
+        return result
+
+    def write(self, action: str, work: Job[T]) -> tuple[T, int]:
+        """Like :meth:`commit`, but safe from the death of the process only; the ticket says to ``disk`` what is meant."""
+        result, ticket = self._commits.run(action, work)
+        self.disk.made(ticket)
+        return result, ticket
 
     def has_space(self) -> bool:
         """Whether :meth:`require_space` would go on."""
@@ -124,7 +140,9 @@ class LedgerFile:
                     connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 if write:
+                    ticket = self.disk.ticket()
                     connection.execute("COMMIT")
+                    self.disk.through(ticket)
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
                 raise self._explained(action, error) from error
             finally:
@@ -194,6 +212,8 @@ class LedgerFile:
             self._adopt(connection)
             if joining:
                 self._recover(connection, alone)
+            for pragma in _WRITING:
+                connection.execute(f"PRAGMA {pragma}")
         except BaseException:
             self._disconnect()
             if joining:
@@ -325,6 +345,7 @@ class LedgerFile:
                 self._enter_wal(connection)
 
     def _disconnect(self) -> None:
+        self.disk.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(sqlite3.Error):
@@ -392,6 +413,7 @@ def _after_fork_in_child() -> None:
         # Closes the child's copy only: the parent's lock lives on, and the child joins under its own name.
         one._leave()
         one._commits.forget()  # of threads that the child does not have
+        one.disk.forget()
     _after_fork_in_parent()
 
 

@@ -9,7 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["birth_of", "drop_attempts", "owner", "settle_dead"]
+__all__ = ["AHEAD", "birth_of", "drop_attempts", "owner", "settle_dead"]
+
+AHEAD = "marked as sent ahead of its turn"
+"""Stands as the error of a call that is marked as sent, durably, and has not left yet.
+
+The mark goes when the call leaves, which is written and not waited for. So it is right after the death of the process;
+after that of the machine such a call may have left, and counts as one that did.
+"""
 
 
 _MINE: dict[int, str] = {}
@@ -33,7 +40,12 @@ def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
         here = socket.gethostname() if os.name == "posix" else None
         owners = [one for one in owners if one[0] == here and not _alive(one[1], one[2])]
     if owners:
-        drop_attempts(connection, "host = ? AND pid = ? AND born = ?", owners)
+        theirs = "host = ? AND pid = ? AND born = ?"
+        here, boot = socket.gethostname(), birth_of(os.getpid()).partition("/")[0]
+        same_boot = [one for one in owners if boot and one[0] == here and one[2].startswith(f"{boot}/")]
+        query = f"DELETE FROM attempt WHERE state = 'sent' AND error = '{AHEAD}' AND {theirs}"
+        connection.executemany(query, same_boot)
+        drop_attempts(connection, theirs, owners)
 
 
 def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:

@@ -131,12 +131,17 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """Reserved calls that leave next, and the most that each may take."""
+    """Reserved calls that leave next, and the most that each may take.
+
+    ``ahead``: they do not leave at once. After the death of the process they count as never sent, after that of the machine
+    as calls of unknown outcome.
+    """
 
     ids: Sequence[int]
     tokens: Sequence[int] | None = None
     money: Sequence[int] | None = None
     limits: Limits | None = None
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

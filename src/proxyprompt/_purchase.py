@@ -122,8 +122,20 @@ class Announcer:
         self._purchase.on_send(indices)
 
     def soon(self, indices: Sequence[int]) -> None:
-        """These leave after the block that comes next."""
+        """These leave after the block that comes next, in this order."""
         self._purchase.soon(indices)
+
+    def ready(self, index: int) -> bool:
+        """Whether a request could leave now without waiting for the disk."""
+        return self._purchase.ready(index)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """When a call that has not left was marked as sent, and whether the ledger knows that it has not left."""
+
+    ticket: int
+    ahead: bool
 
 
 class Purchase(Generic[Q, A]):
@@ -151,7 +163,8 @@ class Purchase(Generic[Q, A]):
         self._lock = threading.Lock()
         self._sent: set[int] = set()
         self._soon: list[int] = []
-        self._ahead: set[int] = set()  # marked as sent together with earlier results, and not announced yet
+        self._foresighted = False  # whether the backend says what leaves next
+        self._ahead: dict[int, _Mark] = {}  # marked as sent before they are announced
         self._open = True
         self.results: dict[int, A] = {}
 
@@ -163,9 +176,13 @@ class Purchase(Generic[Q, A]):
             first = [index for index in named if index not in self._sent]
             again = [index for index in named if index in self._sent]
             self._sent.update(first)
-            first = [index for index in first if index not in self._ahead]
-            self._ahead.difference_update(named)
-        if self._ledger is None or not (first or again):
+            marked = [(index, self._ahead.pop(index)) for index in first if index in self._ahead]
+            first = [index for index in first if index not in dict(marked)]
+        if self._ledger is None:
+            return
+        if marked:
+            self._leave_marked(self._ledger, marked)
+        if not (first or again):
             return
         # Outside the lock: threads that announce at the same moment share one write to the disk.
         tokens, money = self._most([*first, *again])
@@ -185,12 +202,56 @@ class Purchase(Generic[Q, A]):
             for index, number in zip(again, more, strict=True):
                 self._attempts[index].append(number)
             self._refuse_closed()
+        self._mark_soon(self._ledger)
+
+    def _leave_marked(self, ledger: Ledger, marked: Sequence[tuple[int, _Mark]]) -> None:
+        """Send what is marked: written at once for the books of a killed process, the mark itself on the disk."""
+        flagged = [self._attempts[index][0] for index, mark in marked if mark.ahead]
+        if flagged:
+            ledger.write((), left=flagged)
+        ledger.wait_for_disk(max(mark.ticket for _, mark in marked))
+        with self._lock:
+            self._refuse_closed()
+
+    def _mark_soon(self, ledger: Ledger) -> None:
+        """Mark what comes after a first announcement, so that it need not wait for the disk."""
+        with self._lock:
+            soon, self._soon = [index for index in self._soon if index not in self._sent], []
+        if not soon:
+            return
+        ticket, marked = ledger.write((), leaving=[self._leaving(soon, ahead=True)])
+        if marked:
+            with self._lock:
+                self._ahead.update(dict.fromkeys(soon, _Mark(ticket, True)))
+            ledger.flush_soon(ticket)
+
+    def _leaving(self, indices: Sequence[int], *, ahead: bool) -> Leaving:
+        ids = [self._attempts[index][0] for index in indices]
+        return Leaving(ids, *self._most(indices), self._terms.limits, ahead)
+
+    def ready(self, index: int) -> bool:
+        """Whether it is marked and the mark on the disk."""
+        if self._ledger is None:
+            return True
+        with self._lock:
+            mark = self._ahead.get(index)
+        return mark is not None and self._ledger.on_disk(mark.ticket)
+
+    def on_disk(self, ticket: int) -> bool:
+        """Whether a block that was taken is on the disk."""
+        return self._ledger is None or self._ledger.on_disk(ticket)
+
+    def wait_for_disk(self, ticket: int) -> None:
+        """Return when a block that was taken is on the disk."""
+        if self._ledger is not None:
+            self._ledger.wait_for_disk(ticket)
 
     def soon(self, indices: Sequence[int]) -> None:
         """Remember what leaves after the next block; see :func:`~proxyprompt.backends.base.announce_soon`."""
         named = list(dict.fromkeys(self._require(index) for index in indices))
         with self._lock:
-            self._soon = [index for index in named if index not in self._sent and index not in self._ahead]
+            self._soon = [index for index in named if index not in self._sent]
+            self._foresighted = True
 
     def _most(self, indices: Sequence[int]) -> tuple[list[int] | None, list[int] | None]:
         """Most tokens and money of each request, if anything is set aside."""
@@ -204,8 +265,12 @@ class Purchase(Generic[Q, A]):
             # A thread that outlives its batch must not spend: its attempts are already given up.
             raise BackendError(f"The batch is over; {self._name} must not send any more of it.")
 
-    def take(self, block: Iterable[tuple[int, A]]) -> list[tuple[int, A, bool]]:
-        """Make a block durable; return its new results and whether each one is an answer."""
+    def take(self, block: Iterable[tuple[int, A]]) -> tuple[list[tuple[int, A, bool]], int]:
+        """Write a block down; its new results, whether each one is an answer, and a ticket for :meth:`on_disk`.
+
+        Until it is on the disk it survives the death of the process, but is not to be handed on. A backend that does not
+        say what leaves next has to wait for the disk in any case; then this waits.
+        """
         answers: list[Answer] = []
         failures: list[Failure] = []
         taken: dict[int, tuple[A, bool]] = {}
@@ -229,21 +294,50 @@ class Purchase(Generic[Q, A]):
             except BackendError as error:
                 problem = error  # what came before it in the block is paid for: record that first
                 break
+        ticket = 0
         if self._ledger is not None and taken:
             with self._lock:
                 soon, self._soon = [] if problem is not None else self._soon, []
-            if not soon:
-                self._ledger.record(answers, failures)
-            else:
-                ids = [self._attempts[index][0] for index in soon]
-                leaving = Leaving(ids, *self._most(soon), self._terms.limits)
-                if self._ledger.record(answers, failures, leaving=leaving):
-                    with self._lock:
-                        self._ahead.update(soon)
+            ticket = self._write(self._ledger, answers, failures, soon[: len(taken)], soon[len(taken) :])
         self.results.update((index, result) for index, (result, _) in taken.items())
         if problem is not None:
             raise problem
-        return [(index, result, good) for index, (result, good) in taken.items()]
+        return [(index, result, good) for index, (result, good) in taken.items()], ticket
+
+    def _write(
+        self,
+        ledger: Ledger,
+        answers: Sequence[Answer],
+        failures: Sequence[Failure],
+        now: Sequence[int],
+        later: Sequence[int],
+    ) -> int:
+        """Results, what takes their places ``now``, and marks for what comes ``later``, in one transaction.
+
+        Only as many leave now as have come back, so that after the death of the process no more calls are of unknown
+        outcome than were in flight.
+        """
+        with self._lock:
+            marks = dict(self._ahead)
+        going = [index for index in now if index in marks and marks[index].ahead]
+        groups = [
+            (mine, ahead)
+            for group, ahead in ((now, False), (later, True))
+            if (mine := [index for index in group if index not in marks])
+        ]
+        leaving = [self._leaving(mine, ahead=ahead) for mine, ahead in groups]
+        left = [self._attempts[index][0] for index in going]
+        ticket, marked = ledger.write(answers, failures, leaving=leaving, left=left)
+        with self._lock:
+            for mine, ahead in groups[:marked]:
+                self._ahead.update(dict.fromkeys(mine, _Mark(ticket, ahead)))
+            self._ahead.update((index, _Mark(marks[index].ticket, False)) for index in going)
+            foresighted = self._foresighted
+        if foresighted:
+            ledger.flush_soon(ticket)
+        else:
+            ledger.wait_for_disk(ticket)
+        return ticket
 
     def finish(self) -> None:
         """Check that nothing was left out."""

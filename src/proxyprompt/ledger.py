@@ -1,10 +1,10 @@
-"""Every answer that was paid for, durable before the next one is bought.
+"""Every call durable before it leaves, every answer before it is used.
 
 One SQLite file. A call goes ``reserved`` (planned, counted against the limits) -> ``sent`` (its money set aside; may
 be billed from here on) -> ``done`` or ``failed``; if its process dies after sending, it becomes ``unknown`` and still
 counts as spent. Nothing expires and nothing is evicted. A row that does not match its own hash is set aside and never
-served. After ``kill -9`` every call whose :meth:`Ledger.record` returned is still there; at most the calls in flight
-are lost, and those are listed as ``unknown``.
+served. After ``kill -9``, and after a power cut, every call whose :meth:`Ledger.record` returned is still there; at most
+the calls in flight are lost, and those are listed as ``unknown``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class Ledger:
     -----
     Needs a local disk: SQLite's write-ahead log does not work over a network file system. One connection per
     process, shared by its threads: SQLite admits one writer at a time anyway, and threads that write at the same
-    moment share one commit. Before a fork every connection must be closed (see ``_ledger_file``). A file of an
+    moment share one commit. A commit hands its pages to the kernel, so that they survive the process; one flush to the
+    disk then serves all who wait, while others go on writing (see ``_ledger_sync``). Before a fork every connection
+    must be closed (see ``_ledger_file``). A file of an
     older schema is copied to ``PATH.schema-N.backup`` and brought up to date in one transaction.
     """
 
@@ -245,6 +247,9 @@ class Ledger:
                     suspects.append(rowid)
         if suspects:
             self._report(self._set_aside(suspects), strict)
+        if found:
+            # Somebody may have written it this very moment; what is handed on must not be gone after a power cut.
+            self._file.disk.catch_up()
         return found
 
     def _stored(self, key: str, row: Sequence[Any]) -> StoredResponse:
@@ -293,7 +298,7 @@ class Ledger:
         money: Sequence[int] | None = None,
         currency: str = "",
     ) -> list[int]:
-        """Enter calls that are about to be made, all or none.
+        """Enter calls that are about to be made, all or none; on the disk with the first that is marked as sent.
 
         Parameters
         ----------
@@ -333,7 +338,7 @@ class Ledger:
             return enter(connection, list(zip(raw, amounts, strict=True)), common, "reserved", currency)
 
         self._file.require_space()
-        return self._file.commit("written", work)
+        return self._file.write("written", work)[0]
 
     def claim(
         self,
@@ -371,7 +376,7 @@ class Ledger:
             return Claim(dict(zip(free, ids, strict=True)), held)
 
         self._file.require_space()
-        return self._file.commit("written", work)
+        return self._file.write("written", work)[0]
 
     def mark_sent(
         self,
@@ -420,7 +425,7 @@ class Ledger:
     def record(
         self, answers: Sequence[Answer], failures: Sequence[Failure] = (), *, leaving: Leaving | None = None
     ) -> bool:
-        """Store finished calls in one transaction; when this returns they survive ``kill -9``.
+        """Store finished calls in one transaction; when this returns they are on the disk.
 
         Parameters
         ----------
@@ -443,6 +448,36 @@ class Ledger:
         LedgerError
             If nothing could be stored, or an id belongs to no such call; answers are kept in the second case.
         """
+        ticket, left = self.write(answers, failures, leaving=() if leaving is None else (leaving,))
+        self.wait_for_disk(ticket)
+        return bool(left)
+
+    def write(
+        self,
+        answers: Sequence[Answer],
+        failures: Sequence[Failure] = (),
+        *,
+        leaving: Sequence[Leaving] = (),
+        left: Sequence[int] = (),
+    ) -> tuple[int, int]:
+        """Like :meth:`record`, without waiting for the disk: what is written survives ``kill -9``, but no power cut yet.
+
+        Nothing of it may be handed on, and nothing of ``leaving`` may leave, before :meth:`wait_for_disk`.
+
+        Parameters
+        ----------
+        answers, failures
+        leaving : sequence of Leaving
+            Each is marked if it and those before it fit.
+        left : sequence of int
+            Calls marked ahead that leave now.
+
+        Returns
+        -------
+        ticket : int
+        n_left : int
+            How many of ``leaving`` were marked.
+        """
         now = time.time()
         rows, done, more = [], [], []
         for one in answers:
@@ -461,9 +496,9 @@ class Ledger:
             for one in failures
         ]
 
-        with_space = leaving is not None and self._file.has_space()
+        with_space = bool(leaving) and self._file.has_space()
 
-        def work(connection: sqlite3.Connection) -> tuple[int, bool]:
+        def work(connection: sqlite3.Connection) -> tuple[int, int]:
             marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
             absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
             insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
@@ -482,25 +517,58 @@ class Ledger:
                 error = self._vault.seal_error(printable(one.error), found[0]) if found else None
                 query = f"UPDATE attempt SET state = ?, error = ?, {columns}, cost = ? WHERE id = ?"
                 touched += connection.execute(query, (state, error, when, *numbers)).rowcount
-            return touched, with_space and leaving is not None and self._leave(connection, leaving)
+            query = "UPDATE attempt SET error = NULL WHERE id = ? AND state = 'sent'"
+            connection.executemany(query, [(number,) for number in left])
+            marked = 0
+            while with_space and marked < len(leaving) and self._leave(connection, leaving[marked]):
+                marked += 1
+            return touched, marked
 
-        touched, left = self._file.commit("written", work)
+        (touched, marked), ticket = self._file.write("written", work)
         wanted = len(done) + len(more) + len(lost)
         if touched != wanted:
             # The answers themselves are kept: they are paid for whatever went wrong with the bookkeeping.
+            self.wait_for_disk(ticket)
             raise LedgerError(
                 f"{wanted - touched} recorded calls have no matching attempt in {self.path}.",
                 hint="Pass the ids that reserve() returned, each with its own key.",
             )
         self._file.fold_wal()
-        return left
+        return ticket, marked
+
+    def flush_soon(self, ticket: int) -> None:
+        """Bring to the disk what was written, beside whatever else happens."""
+        self._file.disk.soon(ticket)
+
+    def on_disk(self, ticket: int) -> bool:
+        """Whether what was written is on the disk.
+
+        Raises
+        ------
+        LedgerError
+            If the disk has refused.
+        """
+        return self._file.disk.reached(ticket)
+
+    def wait_for_disk(self, ticket: int) -> None:
+        """Return when what was written is on the disk; see :meth:`on_disk`."""
+        self._file.disk.through(ticket)
 
     def _leave(self, connection: sqlite3.Connection, leaving: Leaving) -> bool:
         connection.execute("SAVEPOINT leaving")
         given = leaving.tokens is not None or leaving.money is not None
         amounts = amounts_of(len(leaving.ids), leaving.tokens, leaving.money, "ids")
         try:
-            mark(connection, leaving.ids, (), amounts, leaving.limits, given=given, where=self.path)
+            mark(
+                connection,
+                leaving.ids,
+                (),
+                amounts,
+                leaving.limits,
+                given=given,
+                where=self.path,
+                ahead=leaving.ahead,
+            )
         except ProxyPromptError:
             connection.execute("ROLLBACK TO leaving")
             return False

@@ -1,7 +1,8 @@
 """The one place where backends meet the ledger: ask a batch, buy only what is not recorded yet.
 
-Each block that a backend yields is durable before the backend is asked for the next one, so whatever
-interrupts a batch, everything answered so far is kept and the same batch asked again buys only the rest.
+Each block that a backend yields is written down before the backend is asked for the next one, so whatever kills the
+process, everything answered so far is kept and the same batch asked again buys only the rest. It is handed on when it is
+on the disk; until then only calls leave whose mark is on the disk already.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -321,6 +322,7 @@ class Meter:
     ) -> None:
         blocks: Iterator[Sequence[tuple[int, A]]] | None = None
         block: Sequence[tuple[int, A]] | None = None
+        written: deque[tuple[list[tuple[int, A, bool]], int]] = deque()  # and not known to be on the disk
         try:
             blocks = iter(call(purchase.requests, on_send=Announcer(purchase), on_tokens=self._on_tokens))
             while True:
@@ -331,17 +333,22 @@ class Meter:
                     self._count(stage, seconds=time.perf_counter() - started)
                 if block is None:
                     break
-                new = purchase.take(block)
+                written.append(purchase.take(block))
                 block = None
-                for index, result, _ in new:
+                for index, result, _ in written[-1][0]:
                     self._learn(purchase.requests[index], result.usage)
-                accept(new)
+                while written and purchase.on_disk(written[0][1]):
+                    accept(written.popleft()[0])
             purchase.finish()
+            _hand_on(purchase, written, accept)
         except KeyboardInterrupt:
             if block is not None:
                 # Interrupted with a paid answer in hand; if it was stored already, it counts as given twice.
                 with suppress(BackendError):
                     purchase.take(block)
+            raise
+        except Exception:
+            _hand_on(purchase, written, accept)  # as far as it came
             raise
         finally:
             try:
@@ -530,6 +537,18 @@ class _Patience:
     def over(self) -> bool:
         """Whether nothing has moved for so long that waiting makes no sense."""
         return time.monotonic() >= self._deadline
+
+
+def _hand_on(
+    purchase: Purchase[Q, A],
+    written: deque[tuple[list[tuple[int, A, bool]], int]],
+    accept: Callable[[list[tuple[int, A, bool]]], None],
+) -> None:
+    """Wait for the disk and accept what was written."""
+    while written:
+        new, ticket = written.popleft()
+        purchase.wait_for_disk(ticket)
+        accept(new)
 
 
 def _picos(amount: Decimal) -> int:

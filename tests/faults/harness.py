@@ -22,6 +22,9 @@ from .worker import IDENTITY, answer_to, request_of
 BLOCK = 4
 """Calls in flight in one child."""
 
+RESERVE = 2
+"""Calls that a child which says what leaves next has marked ahead."""
+
 
 class Workshop:
     """One worker process, and the children it forks; ``modules`` are imported before the first fork."""
@@ -44,7 +47,7 @@ class Workshop:
         notes.mkdir(parents=True, exist_ok=True)
         job = {"ledger": str(ledger), "notes": str(notes), "first": first, "last": last, "block": BLOCK}
         job |= {"pause": 0.0, "seed": 0, "order": 0, "when": 0, "sign": "SIGKILL", "only": "", "limits": None}
-        job |= {"file_limit": 0, "descriptors": 0, "nobody": False, "threads": 0, "url": ""}
+        job |= {"file_limit": 0, "descriptors": 0, "nobody": False, "threads": 0, "url": "", "reserve": 0}
         assert options.keys() <= job.keys()
         return Child(self, self._say(job | options), notes)
 

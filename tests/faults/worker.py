@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from proxyprompt.backends.base import ScoreRequest, ScoreResult, Usage
+from proxyprompt.backends.base import ScoreRequest, ScoreResult, Usage, announce_soon, may_leave
 from proxyprompt.errors import BudgetExceededError, ProxyPromptError
 from proxyprompt.ledger import Ledger, Limits
 from proxyprompt.metering import Meter
@@ -53,7 +54,7 @@ class Notes:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        names = ("bill", "acknowledged", "points")
+        names = ("bill", "acknowledged", "points", "flushed", "handed")
         # Opened at once: a child may be short of descriptors later.
         self._files = {name: _open(os.path.join(folder, name), flags, 0o666) for name in names}
 
@@ -115,6 +116,14 @@ class Points:
         sqlite3.connect = lambda *a, **o: connect(*a, **{"factory": Watched, **o})  # type: ignore[assignment]
         for name in ("open", "mkdir", "chmod", "replace", "rename", "unlink"):
             setattr(os, name, self.around(name, getattr(os, name)))
+        flush = os.fdatasync
+
+        def noted(handle: int) -> None:
+            size = os.fstat(handle).st_size
+            flush(handle)
+            self.notes.add("flushed", [size])  # so much of the log outlasts a power cut
+
+        os.fdatasync = self.around("fdatasync", noted)
 
 
 def _writes(sql: str) -> bool:
@@ -132,14 +141,19 @@ class Provider:
 
     name, identity = "fake", IDENTITY
 
-    def __init__(self, notes: Notes, points: Points, block: int, pause: float, seed: int) -> None:
-        self.notes, self.points, self.block, self.pause = notes, points, block, pause
+    def __init__(
+        self, notes: Notes, points: Points, block: int, pause: float, seed: int, reserve: int = 0
+    ) -> None:
+        self.notes, self.points, self.block, self.pause, self.reserve = notes, points, block, pause, reserve
         self.rng = random.Random(seed)
 
     def score(
         self, requests: Sequence[ScoreRequest], *, on_send: Any = None, on_tokens: Any = None
     ) -> Iterator[list[tuple[int, ScoreResult]]]:
         numbers = [int(request.prompt.split(None, 1)[0]) for request in requests]  # type: ignore[union-attr]
+        if self.reserve:
+            yield from self._one_by_one(numbers, on_send)
+            return
         for start in range(0, len(requests), self.block):
             chunk = range(start, min(start + self.block, len(requests)))
             on_send(chunk)
@@ -152,16 +166,40 @@ class Provider:
             self.notes.add("acknowledged", [numbers[i] for i in chunk])
             self.points.pass_("acknowledged")
 
+    def _one_by_one(self, numbers: list[int], on_send: Any) -> Iterator[list[tuple[int, ScoreResult]]]:
+        """``block`` in flight at any time; what leaves next is said beforehand, and a few more."""
+        waiting, flying = deque(range(len(numbers))), deque[int]()
+        while waiting or flying:
+            while waiting and len(flying) < self.block:
+                leaving = [waiting.popleft()]
+                if not may_leave(on_send, leaving[0]):
+                    leaving += [waiting.popleft() for _ in range(self.block - len(flying) - 1) if waiting]
+                    announce_soon(on_send, list(waiting)[: self.reserve])
+                on_send(leaving)
+                self.points.pass_("sent")
+                self.notes.add("bill", [numbers[i] for i in leaving])
+                flying.extend(leaving)
+            time.sleep(self.pause * self.rng.random())
+            index = flying.popleft()
+            self.points.pass_("answered")
+            announce_soon(on_send, list(waiting)[: self.reserve + 1])
+            yield [(index, answer_to(numbers[index]))]
+            self.points.pass_("recorded")
+            self.notes.add("acknowledged", [numbers[index]])
+            self.points.pass_("acknowledged")
+
 
 def buy(job: dict[str, Any], points: Points) -> list[Any]:
     """Ask for ``first`` to ``last`` and return the values."""
-    backend = Provider(points.notes, points, job["block"], job["pause"], job["seed"])
+    backend = Provider(points.notes, points, job["block"], job["pause"], job["seed"], job["reserve"])
     limits = Limits(**job["limits"]) if job["limits"] else None
     with Ledger(job["ledger"]) as ledger:
         meter = Meter(backend, ledger, role="target", run="r", limits=limits)  # type: ignore[arg-type]
         numbers = list(range(job["first"], job["last"]))
         random.Random(job["order"]).shuffle(numbers)
-        results = dict(zip(numbers, meter.score([request_of(n) for n in numbers], stage="s"), strict=True))
+        requests = [request_of(n) for n in numbers]
+        scored = meter.score(requests, stage="s", progress=lambda done, _: points.notes.add("handed", [done]))
+        results = dict(zip(numbers, scored, strict=True))
         points.pass_("unclosed")
     return [[n, results[n].logprobs, results[n].censored] for n in sorted(results)]
 

@@ -213,15 +213,15 @@ def test_after_an_interruption_only_the_rest_is_bought(
 def test_an_interruption_with_an_answer_in_hand_does_not_lose_it(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, calls = Ledger.record, []
+    write, calls = Ledger.write, []
 
-    def interrupted(self: Ledger, *args: Any) -> None:
+    def interrupted(self: Ledger, *args: Any, **more: Any) -> tuple[int, int]:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        record(self, *args)
+        return write(self, *args, **more)
 
-    monkeypatch.setattr(Ledger, "record", interrupted)
+    monkeypatch.setattr(Ledger, "write", interrupted)
     backend = FakeScorer()
     with pytest.raises(KeyboardInterrupt):
         target(backend, ledger).score(requests_of(1, 2, 3, 4, 5), stage="a")
@@ -242,10 +242,10 @@ def test_a_progress_bar_may_stop_the_batch(ledger: Ledger) -> None:
 def test_a_ledger_that_cannot_store_stops_the_spending(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Ledger, *args: Any) -> None:
+    def full(self: Ledger, *args: Any, **more: Any) -> None:
         raise LedgerError("disk full")
 
-    monkeypatch.setattr(Ledger, "record", full)
+    monkeypatch.setattr(Ledger, "write", full)
     backend = FakeScorer()
     with pytest.raises(LedgerError, match="disk full"):
         target(backend, ledger).score(requests_of(*range(9)), stage="a")

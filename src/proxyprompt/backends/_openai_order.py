@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 
 from .base import Rendered
 
@@ -62,11 +61,6 @@ class Order:
         if self._ready:
             return self._ready[0]
         return self._waiting[0][0] if self._waiting else None
-
-    def coming(self, n: int) -> list[int]:
-        """The next ``n`` indices, as far as they are known now."""
-        found = list(islice(self._ready, n))
-        return found + [group[0] for group in islice(self._waiting, n - len(found))]
 
     def take(self) -> int | None:
         """The next index to send; ``None`` while all that is left waits for the first of its group."""

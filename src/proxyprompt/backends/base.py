@@ -6,7 +6,7 @@ continuation of a prompt; a :class:`Generator` gives text. A backend may be both
 A backend sees the whole batch and may answer in any order and in blocks of any size, because it knows
 best what is cheap: a local engine shares prefixes, a remote one bounds its concurrency. It *yields* each
 block as soon as it is complete and computes the next one only when asked, so that whoever consumes the
-iterator can make a block durable before anything more is spent.
+iterator can write a block down before anything more is spent.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ A retry after an attempt that certainly cost nothing (refused with status 429, n
 
 
 def announce_soon(on_send: OnSend | None, indices: Sequence[int]) -> None:
-    """Say which requests will leave next, just before yielding a block of results.
+    """Say which requests will leave next, in this order, just before announcing others or yielding a block of results.
 
     A promise of nothing: they are announced to ``on_send`` all the same when they leave. But the ledger can then write
     that down together with the block's results, and the calls leave without waiting for the disk a second time.
@@ -210,12 +210,18 @@ def announce_soon(on_send: OnSend | None, indices: Sequence[int]) -> None:
     on_send : callable or None
         What the backend was given.
     indices : sequence of int
-        Not announced so far; no more than the block has results, or more calls than are in flight could be taken for lost
-        after a crash.
+        Not announced so far. As many as the block has results leave next; those after them are marked ahead. A few
+        suffice: after a power cut each of them counts as a call that may have been made.
     """
     soon = getattr(on_send, "soon", None)
     if soon is not None:
         soon(indices)
+
+
+def may_leave(on_send: OnSend | None, index: int) -> bool:
+    """Whether a request, announced now, could leave without waiting for the disk."""
+    ready = getattr(on_send, "ready", None)
+    return on_send is None if ready is None else bool(ready(index))
 
 
 OnTokens: TypeAlias = Callable[[int], None]
