@@ -34,6 +34,7 @@ _FIXTURE = Path(__file__).parents[1] / "unit" / "report_summary.json"
 _CLOSED = {
     "certified", "not_certified", "unchanged", "target", "proxy", "measured", "estimated", "harmful", "redundant", "useful",
     "unclear", "accepted", "rejected", "undecided", "not_tested", "e-value", "p-value",
+    "settled", "measured_all", "limit",
 }  # fmt: skip
 # Opens every panel, sends every element the events that handlers wait for, and tells what the document holds.
 _PROBE = """

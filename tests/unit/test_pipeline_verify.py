@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from proxyprompt.artifact import Artifact
 from proxyprompt.backends.base import ScoreRequest
@@ -20,7 +22,7 @@ from proxyprompt.errors import ConfigError, InputError
 from proxyprompt.estimate import estimate_run
 from proxyprompt.pipeline import Result, optimize_prompt
 from proxyprompt.prompt import Demonstration, FewShotPrompt, Query
-from proxyprompt.report import render_html, render_markdown
+from proxyprompt.report import print_terminal, render_html, render_markdown
 from proxyprompt.settings import Settings
 from proxyprompt.summary import build_artifact
 from proxyprompt.task import LabelTask
@@ -132,8 +134,16 @@ def test_artifact_and_reports_keep_measured_and_estimated_apart(verified: Result
     assert (found["proposed_by"], found["measured_by"]) == ("proxy", "target")
     assert found["estimand"].startswith("weighted Banzhaf")
     assert body["summary"]["cost"]["crr"]["terms"][2]["calls"] == spent(verified, "verify") + 40
-    render_html(body["summary"])
-    render_markdown(body["summary"])
+    page, text = render_html(body["summary"]), render_markdown(body["summary"])
+    for shown in (page, text):
+        assert "What the proxy proposed and the target measured" in shown
+        assert f"{sum(measured)} of {N} demonstrations" in shown
+        assert "not measured" in shown
+    # Filled and hollow: each unit in both drawings and in the table; the legend has two filled marks and a hollow one.
+    assert page.count('class="mark-measured') == 3 * sum(measured) + 2
+    assert page.count('class="mark-estimated') == 3 * (N - sum(measured)) + 1
+    print_terminal(body["summary"], console := Console(record=True, width=160, file=io.StringIO()))
+    assert "not measured" in console.export_text()
 
 
 @pytest.mark.parametrize("kind", ["useless", "inverted"])

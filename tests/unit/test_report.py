@@ -204,7 +204,7 @@ def _replace(value: Any, change: Callable[[Any], Any]) -> Any:
 _CLOSED = {
     "certified", "not_certified", "unchanged", "target", "proxy", "measured", "estimated", "harmful",
     "redundant", "useful", "unclear", "accepted", "rejected", "undecided", "not_tested", "e-value",
-    "p-value",
+    "p-value", "settled", "measured_all", "limit",
 }  # fmt: skip
 
 
@@ -215,6 +215,7 @@ def _hostile(payload: str) -> Summary:
         payload  # free text that reads like a closed word
     )
     s["demonstrations"] = s["demonstrations"][:6]
+    s["verification"]["unit_ids"] = s["verification"]["unit_ids"][:6]  # its other lists are longer then
     s["settings"] = {payload: payload, "nested": {payload: [payload, {payload: 1}]}}
     s["versions"] = {payload: payload}
     s["cost"]["money"]["currency"] = payload
@@ -490,6 +491,44 @@ def test_measured_and_estimated_never_look_alike() -> None:
     assert not [a for _, a in only_measured.tags if "url(" in (a.get("fill") or "")]
 
 
+def test_what_was_verified_is_shown_filled_and_the_rest_hollow_dashed_and_in_words() -> None:
+    page = _Page(render_html(_summary()))
+    found = _summary()["verification"]
+    measured = [i for i, v in enumerate(found["measured"]) if v is not None]
+    circles = [a for tag, a in page.tags if tag == "circle" and (a.get("class") or "").startswith("mark-")]
+    filled = [a for a in circles if (a.get("class") or "").startswith("mark-measured")]
+    hollow = [a for a in circles if (a.get("class") or "").startswith("mark-estimated")]
+    assert len(filled) == 3 * len(measured) + len({i in found["named"] for i in measured})
+    assert len(hollow) == 3 * (len(found["unit_ids"]) - len(measured)) + 1
+    assert {a["fill"] for a in hollow} == {"#ffffff"}
+    assert not {a["fill"] for a in filled} & {"#ffffff"}
+    dashes = [a for tag, a in page.tags if tag == "line" and a.get("stroke-dasharray") == "2 3"]
+    assert len(dashes) == 2 * (len(found["unit_ids"]) - len(measured))
+    assert page.text.count("not measured ; expected") == len(found["unit_ids"]) - len(measured)
+    assert (
+        f"Attributions of {len(measured)} of 28 demonstrations were measured on the target model" in page.text
+    )
+    markdown = render_markdown(_summary())
+    assert markdown.count("| not measured; expected ") == len(found["unit_ids"]) - len(measured)
+
+
+def test_a_verification_that_measured_nothing_or_has_gaps_is_shown() -> None:
+    s = _summary()
+    n = len(s["verification"]["unit_ids"])
+    s["verification"].update(
+        order=[2.5, -1, 99, None, 0, 0],
+        named=[77],
+        measured=[None] * n,
+        expected=[],
+        chance=[1.0],
+        outcome="limit",
+    )
+    page = _Page(render_html(s))
+    assert "mark-measured" not in render_html(s)
+    assert "nothing to expect it by" in page.text
+    render_markdown(s)
+
+
 def test_curve_marks_the_choice_the_full_prompt_and_the_line() -> None:
     text = _Page(render_html(_summary())).text
     for words in ("chosen: 15, 91.7 %", "full prompt: 28, 89.2 %", "0.90 \u00d7 full prompt: 80.2 %"):
@@ -498,7 +537,7 @@ def test_curve_marks_the_choice_the_full_prompt_and_the_line() -> None:
 
 
 def test_screening_shows_the_rule_the_paper_and_what_happened_next() -> None:
-    text = _Page(render_html(_summary())).text
+    text = _Page(render_html({**_summary(), "verification": None})).text
     assert "The paper's rule would have said: accepted after 19 pairs." in text
     assert (
         "What happened next: Attributions were estimated with the proxy model SmolLM2-135M-Instruct." in text

@@ -240,6 +240,28 @@ _CLEANING = {
     "relabel_text": Optional(STRING),
 }
 
+_NUMBERS = ListOf(NUMBER)
+
+_VERIFICATION = {
+    "unit_ids": ListOf(STRING),
+    "proposed_by": STRING,
+    "measured_by": STRING,
+    "estimand": STRING,
+    "n_queries": NUMBER,
+    "text": STRING,
+    "decision": OneOf(("harmful", "top", "all")),
+    **dict.fromkeys(("estimated", "estimated_error", "measured", "measured_error"), _NUMBERS),
+    **dict.fromkeys(("expected", "expected_error", "chance"), _NUMBERS),
+    **dict.fromkeys(("order", "audits", "named", "undecided"), _NUMBERS),
+    "outcome": OneOf(("settled", "measured_all", "limit")),
+    "margin": NUMBER,
+    "level": NUMBER,
+    "top": NUMBER,
+    "target_calls": NUMBER,
+    "oracle_calls": NUMBER,
+    "slope": Optional(NUMBER),
+}
+
 _SUMMARY = {
     "schema": NUMBER,
     "title": STRING,
@@ -253,6 +275,7 @@ _SUMMARY = {
     "target": {"name": STRING},
     "performance_name": STRING,
     "explained_by": {"role": _ROLE, "name": STRING, "why": STRING},
+    "verification": Optional(_VERIFICATION),
     "demonstrations": ListOf(_DEMONSTRATION),
     "attribution_unit": STRING,
     "before": _PROMPT,

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import _text as t
 from ._schema import read
+from .verified import verification_rows
 
 __all__ = ["build", "performance_format"]
 
@@ -77,7 +78,7 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        The checked summary and ``status``, ``figures``, ``groups``, ``explained``, ``certificate_sentences``,
+        The checked summary and ``status``, ``figures``, ``groups``, ``explained``, ``verified``, ``certificate_sentences``,
         ``sequence``, ``relabels``, ``proxies``, ``money_sentences``, ``money_rows``, ``money_terms``, ``money_notes``,
         ``money_warnings``, ``crr_sentence``, ``crr_terms``, ``settings_rows``.
     """
@@ -89,6 +90,7 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
     view["figures"] = _figures(view)
     view["groups"] = _groups(view["demonstrations"])
     view["explained"] = _explained(view)
+    view["verified"] = verification_rows(view["verification"])
     view["relabels"] = [_relabel(r) for r in (view["cleaning"] or {"relabels": None})["relabels"] or ()]
     view["certificate_sentences"] = _certificate(view)
     view["sequence"] = _sequence(view)
@@ -223,6 +225,18 @@ def _relabel(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _explained(view: dict[str, Any]) -> str:
     who = view["explained_by"]
+    found = view["verification"]
+    if found is not None and found["order"]:
+        n, done = len(view["demonstrations"]), sum(d["source"] == "measured" for d in view["demonstrations"])
+        rest = (
+            f"; the others were estimated from what the proxy model {found['proposed_by']} said"
+            if done < n
+            else ""
+        )
+        return (
+            f"Attributions of {t.count(done)} of {t.plural(n, 'demonstration')} were measured on the target model"
+            f" {found['measured_by']}{rest}. {who['why']}"
+        ).strip()
     how = "measured on the target model" if who["role"] == "target" else "estimated with the proxy model"
     return f"Attributions were {how} {who['name']}. {who['why']}".strip()
 

@@ -12,7 +12,7 @@ from typing import Any
 from proxyprompt._require import require
 
 from . import _text as t
-from . import charts, marks
+from . import charts, marks, verified
 from ._schema import VERDICTS
 from ._view import build
 
@@ -61,6 +61,14 @@ def render_html(summary: Mapping[str, Any]) -> str:
             (verdict, source, markup(marks.swatch(f"sw-{i}", verdict, source)))
             for i, (verdict, source) in enumerate(_legend(view))
         ],
+        verified_legend=[
+            (markup(drawing), words)
+            for drawing, words in (
+                verified.verification_legend(view["verified"], view["verification"])
+                if view["verified"]
+                else ()
+            )
+        ],
         preview=_PREVIEW,
         rows_open=_ROWS_OPEN,
         text_limit=max(300, min(6000, _TEXT_BUDGET // max(len(view["demonstrations"]), 1))),
@@ -96,7 +104,13 @@ def _drawings(view: dict[str, Any]) -> dict[str, str]:
     # Text in a drawing scales with it, so small screens get a narrower drawing instead of a shrunken one.
     for suffix, width in (("wide", 920.0), ("narrow", 380.0)):
         drawings[f"curve-{suffix}"] = charts.curve_chart(view, width, f"curve-{suffix}")
+        drawings[f"verified-{suffix}"] = verified.verification_chart(
+            view["verified"], view["verification"], width, f"verified-{suffix}"
+        )
         drawings[f"attribution-{suffix}"] = charts.attribution_chart(view, width, f"attribution-{suffix}")
+    for i, row in enumerate(view["verified"]):
+        row["mark"] = f"verified-mark-{i}"
+        drawings[row["mark"]] = verified.mark(row["mark"], row["source"], named=row["named"])
     spans = [(abs(d["attribution"] or 0.0), d["standard_error"] or 0.0) for d in view["demonstrations"]]
     reach = 1.02 * max((v + e for v, e in spans), default=1.0) or 1.0
     for i, d in enumerate(d for group in view["groups"] for d in group["rows"]):

@@ -107,7 +107,34 @@ def _removals(view: dict[str, Any]) -> list[str]:
                 ],
             )
         )
-    return [*parts, *_cleaning(view)]
+    return [*parts, *_verified(view), *_cleaning(view)]
+
+
+def _verified(view: dict[str, Any]) -> list[str]:
+    found = view["verification"]
+    if found is None:
+        return []
+    n = t.plural(found["n_queries"], "query", "queries")
+    return [
+        "## What the proxy proposed and the target measured",
+        escape(found["text"]),
+        f"What is measured of a demonstration: {escape(found['estimand'])}, on {n}. The proxy's estimates are in its own"
+        " scale.",
+        _table(
+            ["Order", "Id", "The proxy's estimate", "Measured on the target", "Not measured", "Result"],
+            [
+                [
+                    r["place"],
+                    t.clip(r["id"], 60),
+                    r["estimate"],
+                    r["measured"] if r["source"] == "measured" else "\u2013",
+                    "" if r["source"] == "measured" else f"not measured; {r['expected']}",
+                    r["verdict"],
+                ]
+                for r in view["verified"]
+            ],
+        ),
+    ]
 
 
 def _cleaning(view: dict[str, Any]) -> list[str]:

@@ -57,6 +57,18 @@ def print_terminal(summary: Mapping[str, Any], console: Any = None) -> None:
     for sentence in [*view["verdict"]["sentences"], *view["certificate_sentences"]]:
         printer.line(sentence)
     _removals(view, printer)
+    if view["verified"]:
+        rows = [
+            [r["place"], t.clip(r["id"], 30), r["estimate"], r["measured"], r["expected"], r["verdict"]]
+            for r in view["verified"][:_ROWS]
+        ]
+        printer.heading("What the proxy proposed and the target measured")
+        printer.line(view["verification"]["text"])
+        printer.table(
+            ["", "Id", "Proxy's estimate", "Measured on the target", "Not measured", "Result"], rows
+        )
+        if len(view["verified"]) > _ROWS:
+            printer.line((f"and {len(view['verified']) - _ROWS} more", "bright_black"))
     if view["relabels"]:
         rows = [[r[k] for k in ("id", "label", "answer", "probability")] for r in view["relabels"]]
         printer.heading("Labels that the target contradicts")
