@@ -27,6 +27,7 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
         host = address[0] if isinstance(address, tuple) else address
         local = self.family == getattr(socket, "AF_UNIX", None) or str(host) in (
             "127.0.0.1",
+            "127.0.0.2",
             "::1",
             "localhost",
         )

@@ -8,7 +8,8 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from proxyprompt.errors import BackendError, InputError
@@ -69,7 +70,7 @@ def check_address(url: str, *, allow_http: bool = False) -> None:
 def check_lookup(url: str) -> None:
     """Refuse a name that leads to a link-local or metadata address; a name that leads nowhere fails later.
 
-    A name can lead elsewhere at the next look-up: this catches mistakes, not an attacker who owns the name.
+    A name can lead elsewhere at the next look-up; :class:`PeerCheck` sees where each connection really goes.
     """
     host = _parts(url).hostname or ""
     try:
@@ -80,6 +81,53 @@ def check_lookup(url: str) -> None:
         address = _as_address(str(place[0]))
         if address is not None and _forbidden(address):
             raise BackendError(f"base_url: {host!r} leads to {address}, a link-local or metadata address.")
+
+
+class PeerCheck:
+    """Looks at the address that each new connection has reached, before anything is sent on it.
+
+    Whoever answers for a name can answer differently the second time: the address that was checked first says nothing
+    about the one that is connected to. To be hooked into the client's requests; a connection to a proxy is not looked at.
+
+    Parameters
+    ----------
+    url : str
+    allow_http : bool
+        Whether plain HTTP may leave this machine.
+    """
+
+    def __init__(self, url: str, *, allow_http: bool = False) -> None:
+        parts = _parts(url)
+        self._host = parts.hostname or ""
+        self._stays = parts.scheme == "http" and not allow_http
+
+    async def hook(self, request: Any) -> None:
+        """An event hook of the HTTP library: watches the connection that is made for this request, if one is."""
+        leads_to = ""
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            nonlocal leads_to
+            if event == "connection.connect_tcp.started":
+                leads_to = info["host"]
+            elif event == "connection.connect_tcp.complete" and leads_to.lower() == self._host:
+                stream = info["return_value"]
+                problem = self.problem(stream.get_extra_info("server_addr"))
+                if problem:
+                    await stream.aclose()
+                    raise BackendError(f"base_url: {problem}; nothing was sent.")
+
+        request.extensions["trace"] = trace
+
+    def problem(self, peer: Sequence[Any] | None) -> str:
+        """What is wrong with an address that was reached; empty if nothing is, or if it is not known."""
+        address = None if not peer else _as_address(str(peer[0]))
+        if address is None:
+            return ""
+        if _forbidden(address):
+            return f"{self._host!r} now leads to {address}, a link-local or metadata address"
+        if self._stays and not address.is_loopback:
+            return f"{self._host!r} leads to {address}, another machine, over plain http"
+        return ""
 
 
 def _as_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from proxyprompt._require import require
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
-from ._openai_address import check_address, check_lookup, credentials, one_line, public_url, redact
+from ._openai_address import PeerCheck, check_address, check_lookup, credentials, one_line, public_url, redact
 from ._openai_faults import classify, read_allowance, retry_after
 from ._openai_mixups import Answered
 from ._openai_pace import Pace
@@ -134,6 +134,7 @@ class Connection:
             self._url = base_url or os.environ.get("OPENAI_BASE_URL") or _DEFAULT_URL
         self.public_url = public_url(self._url)
         check_address(self._url, allow_http=allow_http)
+        self._peers = PeerCheck(self._url, allow_http=allow_http)
         self.model = model
         self.pace = pace
         self._given = client
@@ -183,7 +184,9 @@ class Connection:
             base_url=self._url,
             timeout=self._timeout,
             max_retries=0,
-            http_client=self._sdk.DefaultAsyncHttpxClient(follow_redirects=False),
+            http_client=self._sdk.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"request": [self._peers.hook]}
+            ),
         )
         self._owned.append(client)
         return client
@@ -248,9 +251,14 @@ class Connection:
                     call.unsettled -= 1  # a refusal costs nothing
                     raise
             except self._sdk.APIConnectionError as error:
+                if isinstance(error.__cause__, BackendError):
+                    call.unsettled -= 1  # see below
                 pause, billed, reason = self._after_connection(error)
             except TimeoutError:
                 pause, billed, reason = None, True, "no answer within the time limit"
+            except BackendError:
+                call.unsettled -= 1  # of the peer check: nothing was sent
+                raise
             except RuntimeError as error:
                 raise self._foreign_loop(error) from error
             except self._sdk.OpenAIError as error:
@@ -386,6 +394,8 @@ class Connection:
         return pause, verdict.fault == "maybe-billed", f"HTTP {status} ({message})"
 
     def _after_connection(self, error: Any) -> tuple[float | None, bool, str]:
+        if isinstance(error.__cause__, BackendError):
+            raise error.__cause__ from None  # some versions of the SDK wrap what the peer check raises
         cause = type(error.__cause__).__name__
         if isinstance(error.__cause__, RuntimeError):
             raise self._foreign_loop(error.__cause__) from None
