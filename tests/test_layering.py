@@ -80,6 +80,7 @@ LEVEL: dict[str, float] = {
     "outputs": 19,
     "demo": 20,
     "_ledger_commands": 20,
+    "_query_command": 20,
     "cli": 21,
 }
 ARRAYS_ONLY = (

@@ -84,6 +84,7 @@ def test_every_option_of_shrinking_is_documented_with_its_default() -> None:
         assert shown == ("not set" if value is None else f"`{json.dumps(value)}`"), key
     sections = ("clean", "compress", "certificate", "price", "caching")
     wanted = {"tau", "margin", "confidence"}.union(*(_SECTIONS[name] for name in sections))
+    wanted |= {key for key in _SECTIONS["attribution"] if key.startswith("verify")}
     assert {key for key, _, _ in rows} == wanted
 
 

@@ -225,7 +225,7 @@ def main() -> None:
                     | compare(case, explainer, seen[target], seen[proxy])
                 )
                 print(f"[{time.monotonic() - begun:5.0f} s] {case.name} {target} replayed", flush=True)
-    write(rows)
+            write(rows)
 
 
 def write(rows: list[dict[str, Any]]) -> None:

@@ -198,6 +198,49 @@ def explains(config: Path, queries: Path, out: Path | None, level: float, as_jso
         )
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("queries", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Output folder; overrides the config."
+)
+@click.option("--units", type=click.Choice(["sentences", "words"]), default="sentences", show_default=True)
+@click.option(
+    "--learn", type=int, default=0, show_default=True,
+    help="Queries measured in full, to learn when the others may stop; 22 are the least that teach.",
+)  # fmt: skip
+@click.option("--top", type=int, default=2, show_default=True, help="Units measured where nothing is learnt.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+def queries(
+    config: Path, queries: Path, out: Path | None, units: str, learn: int, top: int, as_json: bool
+) -> None:
+    """Which sentence or word of each of QUERIES decides the target's answer?
+
+    The proxies of CONFIG propose, the target measures. Writes queries.html and queries.md,
+    which show apart what was measured and what is estimated.
+    """
+    from ._query_command import verify_from_config, write_queries
+    from .config import load_config
+    from .data import load_queries
+    from .outputs import prepare_folder
+    from .report import render_queries_markdown
+    from .report._text import visible
+
+    with _errors():
+        checked = load_config(config, output=out)
+        asked = [query for query, _ in load_queries(queries)]
+        folder = prepare_folder(checked.output)
+        with _interruptible(folder), _ledger(checked, folder) as ledger:
+            found = verify_from_config(checked, asked, ledger, units=units, learn=learn, top=top)  # type: ignore[arg-type]
+        paths = write_queries(found, folder)
+        if as_json:
+            click.echo(json.dumps(found.to_dict(), ensure_ascii=True))
+            return
+        click.echo(visible(render_queries_markdown(found.to_dict())))
+        for name, path in paths.items():
+            click.echo(visible(f"{name:>9}  {path}"))
+
+
 class _Ours(click.Group):
     """A group whose commands end with our exit codes."""
 

@@ -133,3 +133,40 @@ def test_the_command_works_on_unseen_data_and_the_second_run_loads_and_buys_noth
     assert sum(s["bought_now"] for s in second["spent"]) == 0
     assert second["kept"] == first["kept"]
     assert second["attribution"] == first["attribution"]
+
+
+def test_verify_mode_on_real_models_measures_within_its_estimate_and_keeps_the_two_apart(
+    dataset: Path, tmp_path: Path
+) -> None:
+    for name in ("demos.jsonl", "queries.jsonl"):
+        (tmp_path / name).write_text((dataset / name).read_text())
+    config = (dataset / "config.toml").read_text()
+    config = config.replace(
+        "tau = 0.6\ndelta = 0.4\nfit_coalitions = 26\njudge_coalitions = 6", 'method = "off"'
+    )
+    config = config.replace("[attribution]", '[attribution]\nverify = "harmful"\nverify_level = 0.3')
+    (tmp_path / "config.toml").write_text(config.replace("max_evaluations = 4", "max_evaluations = 2"))
+    estimate = run(tmp_path, "estimate")
+    body = run(tmp_path)
+    within(estimate, body["spent"])
+    found, calls = body["verification"], {(r["stage"], r["role"]): r["calls"] for r in body["spent"]}
+    assert ("screen", "target") not in calls
+    # Eight queries: a coalition each, and one call more for each demonstration measured; equal prompts are asked once.
+    assert (
+        8 * len(found["order"])
+        <= calls["verify", "target"]
+        <= 8 * (1 + len(found["order"]))
+        == found["target_calls"]
+    )
+    assert 4 <= len(found["order"]) <= 10
+    measured = [v is not None for v in found["measured"]]
+    assert sorted(found["order"]) == [i for i, yes in enumerate(measured) if yes]
+    assert measured == [v is None for v in found["expected"]]
+    assert [d["source"] == "measured" for d in body["summary"]["demonstrations"]] == measured
+    assert (
+        "What the proxy proposed and the target measured"
+        in (tmp_path / "proxyprompt-out" / "report.html").read_text()
+    )
+    again = run(tmp_path)
+    assert sum(s["bought_now"] for s in again["spent"]) == 0
+    assert again["verification"] == found

@@ -76,8 +76,14 @@ def render_html(summary: Mapping[str, Any]) -> str:
     return page.lstrip()
 
 
+def page_parts(name: str) -> tuple[Any, Any, str, str]:
+    """A template, the type of trusted markup, and the style sheet with its hash, for another page in the same look."""
+    style = _resource("report.css")
+    return _template(name), require("markupsafe", "report").Markup, style, _hash(style)
+
+
 @cache
-def _template() -> Any:
+def _template(name: str = "report.html.j2") -> Any:
     # Compiling takes five times as long as rendering.
     jinja2 = require("jinja2", "report")
     environment = jinja2.Environment(
@@ -96,7 +102,7 @@ def _template() -> Any:
         one_line=t.one_line,
         clip=t.clip,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _drawings(view: dict[str, Any]) -> dict[str, str]:
