@@ -98,18 +98,16 @@ def cost_reduction(result: Result) -> dict[str, Any] | None:
 
 def _as_if_bought(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row with what its stage's answers cost when they were bought, also where another run bought them."""
-    calls = row["found_now"] + row["bought_now"]
-    if calls <= row["calls"]:
+    if row["answers"] <= row["calls"]:
         return row
-    prompt = row["found_prompt_tokens"] + row["bought_prompt_tokens"]
-    completion = row["found_completion_tokens"] + row["bought_completion_tokens"]
+    prompt, completion = row["answer_prompt_tokens"], row["answer_completion_tokens"]
     return {
         **{name: value for name, value in row.items() if name not in ("recorded", "unpriced")},
-        "calls": calls,
+        "calls": row["answers"],
         "tokens": prompt + completion,
         "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "cached_tokens": max(row["cached_tokens"], row["found_cached_tokens"]),
+        "cached_tokens": row["answer_cached_tokens"],
     }
 
 

@@ -17,6 +17,7 @@ from .attribution.calibrated import CalibratedAttribution, calibrate
 from .attribution.ensemble import ensemble, ensemble_weights
 from .attribution.extending import nested_designs
 from .attribution.verified_units import UnitVerification
+from .backends.base import is_deterministic
 from .errors import InputError
 from .metering import Meter
 from .money import Call, bill_call
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "ask_members",
     "explain",
+    "noise_repeats",
     "oracle_queries",
     "propose",
     "screen_proxies",
@@ -35,6 +37,7 @@ __all__ = [
     "screening_rows",
 ]
 
+_REPEATS = 2
 _LEAST_GAIN = 0.005
 """Share of the sampling error that proxies must explain to be let into the target's attributions."""
 
@@ -122,7 +125,11 @@ def screen_proxies(run: Run) -> Screening | None:
         ensemble=_with_ensemble(run),
         max_pairs=s.max_pairs,
         block=s.screening_block,
+        again=lambda queries, rows, repeat: run.evaluate(run.target, queries, "screen", rows, repeat=repeat),
+        repeats=noise_repeats(run),
     )
+    if screening.noise is not None:
+        run.watch.note(screening.noise.text)
     for proxy in screening.proxies[: screening.plan.n_screened]:
         run.watch.note(f"{proxy.name}: {proxy.decision} after {proxy.rule.n_used} pairs")
     return screening
@@ -132,6 +139,14 @@ def _rule(run: Run) -> Literal["betting", "paper"]:
     method = run.settings.screening_method
     assert method != "off", "nothing is screened then"
     return method
+
+
+def noise_repeats(run: Run) -> int:
+    """How often the target is asked the same again, to see its noise."""
+    wanted = run.settings.screening_repeats
+    if wanted == "auto":
+        return 0 if is_deterministic(run.target.backend) else _REPEATS
+    return wanted
 
 
 def _with_ensemble(run: Run) -> bool:

@@ -107,12 +107,13 @@ class Run:
         stage: str,
         rows: NDArray[np.bool_],
         prompt: FewShotPrompt | None = None,
+        repeat: int = 0,
     ) -> Values:
         """Values of coalitions of the prompt, or of another; remembers which queries stages before the last have asked."""
         if stage != "certify":
             self.asked.update(self._keys[q.id] for q in queries if q.id in self._keys)
         return PromptValueFunction(
-            prompt or self.prompt, self.task, queries, meter, stage, self.watch.progress
+            prompt or self.prompt, self.task, queries, meter, stage, self.watch.progress, repeat
         ).evaluate(rows)
 
     def evaluate_each(

@@ -9,7 +9,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .agreement import held_out_agreement, predicted_agreement, top_mass
+from ._screening_noise import TargetNoise
+from .agreement import (
+    held_out_agreement,
+    predicted_agreement,
+    rank_agreement,
+    self_agreement,
+    top_mass,
+)
 from .attribution.base import Design, Explainer
 from .attribution.ensemble import ensemble
 from .coalitions import BoolArray, FloatArray
@@ -38,6 +45,8 @@ class Candidate:
     target_utility: list[FloatArray] = field(default_factory=list)
     n_seen: int = 0
     n_agree: int = 0
+    n_tied: int = 0
+    ceilings: list[float] = field(default_factory=list)
     target_pairs: int = 0
 
     def pairs(self, kind: str) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
@@ -49,11 +58,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Judges:
-    """Fits surrogates on the design and judges them on the held-out coalitions."""
+    """Fits surrogates on the design and judges them on the held-out coalitions; ``noise`` is the target's, if known."""
 
     explainer: Explainer
     design: Design
     held_out: BoolArray
+    noise: TargetNoise | None = None
 
     @property
     def all_rows(self) -> BoolArray:
@@ -111,6 +121,10 @@ class Judges:
             "fidelity": self.fidelity(on_target, on_target),
         }
         m = self.design.n_coalitions
+        if self.noise is not None:
+            # For information: a pair that is all noise stays one, as leaving such pairs out costs more than it gives.
+            c.n_tied += int((~self.noise.distinct(on_target.utility[m:])).sum())
+            c.ceilings += self.noise.ceiling(on_target.utility[m:]).tolist()
         for k, query in enumerate(queries):
             if np.isnan(q_proxy[by][k]) or np.isnan(q_oracle[by][k]):
                 continue
@@ -139,9 +153,33 @@ class Judges:
         of_target = self.explainer.fit(self.design, np.stack(c.target_utility, axis=1)).mean
         if np.ptp(of_target) == 0 or np.ptp(of_proxy) == 0:
             return None, None
+        mass = self._relative_mass(of_proxy[None], of_target[None])
+        return float(spearmanr(of_target, of_proxy).statistic), float(mass[0])
+
+    def _relative_mass(self, proposed: FloatArray, reference: FloatArray) -> FloatArray:
         k = max(1, round(self.design.n_units / 4))
-        mass, own = (top_mass(p[None], of_target[None], k)[0] for p in (of_proxy, of_target))
-        return float(spearmanr(of_target, of_proxy).statistic), float(mass / own)
+        share: FloatArray = top_mass(proposed, reference, k) / top_mass(reference, reference, k)
+        return share
+
+    def own_agreement(self, c: Candidate, rng: np.random.Generator) -> tuple[float | None, float | None]:
+        """What the target reaches with another run of itself, by the measures of :meth:`mean_agreement`.
+
+        On the candidate's queries, with noise drawn from that of the repeated prompts; ``None`` where it is not known.
+        """
+        if self.noise is None or len(c.ids) < 2 or self.design.n_units < 3:
+            return None, None
+        values = np.stack(c.target_utility, axis=1)
+        if np.isnan(values).all(axis=0).any() or np.ptp(self.explainer.fit(self.design, values).mean) == 0:
+            return None, None
+
+        def attribute(v: FloatArray) -> FloatArray:
+            return self.explainer.fit(self.design, v).mean[None]
+
+        rank, mass = (
+            float(self_agreement(measure, attribute, values, self.noise.residuals, rng=rng)[0])
+            for measure in (rank_agreement, self._relative_mass)
+        )
+        return (None if np.isnan(rank) else rank), (None if np.isnan(mass) else mass)
 
 
 def agreement(first: Values, second: Values) -> NDArray[np.bool_]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._screening_noise import TargetNoise
 from .attribution.base import Design
 from .sequential import SequentialDecision
 
@@ -112,6 +113,14 @@ class ProxyScreening:
     top_mass : float or None
         Share of the target's mean attribution mass in this candidate's largest quarter of the units, relative to the
         share in its own largest quarter. Both are of attributions with sampling noise, for information only.
+    own_rank_correlation, own_top_mass : float or None
+        What the target reaches by these two measures with another run of itself, by the noise of its repeated answers; a
+        proxy that reaches as much agrees as far as can be seen. ``None`` where nothing was asked again.
+    n_tied : int
+        Agreeing queries on which the target's held-out values vary no more than its noise. They are pairs like the others.
+    ceiling : float or None
+        Agreement of attributions that a perfect explanation could reach with held-out values this noisy, mean over the
+        agreeing queries; 1 without noise, ``None`` where nothing was asked again.
     """
 
     name: str
@@ -126,6 +135,10 @@ class ProxyScreening:
     target_pairs: int
     rank_correlation: float | None
     top_mass: float | None
+    own_rank_correlation: float | None = None
+    own_top_mass: float | None = None
+    n_tied: int = 0
+    ceiling: float | None = None
 
     @property
     def query_ids(self) -> tuple[str, ...]:
@@ -170,7 +183,9 @@ class Screening:
     queries_bought : tuple of str
         Ids of the queries whose target outputs are in the buffer.
     target_pairs : int
-        Pairs of a prompt and a query that the target was asked for: what the screen cost.
+        Pairs of a prompt and a query that the target was asked for, repeats included: what the screen cost.
+    noise : TargetNoise or None
+        How far the target's answers vary from call to call; ``None`` where nothing was asked again.
     """
 
     proxies: tuple[ProxyScreening, ...]
@@ -184,6 +199,7 @@ class Screening:
     judge_coalitions: NDArray[np.bool_] = field(repr=False)
     queries_bought: tuple[str, ...] = ()
     target_pairs: int = 0
+    noise: TargetNoise | None = None
 
     @property
     def smallest_n(self) -> int | None:
@@ -214,6 +230,7 @@ class Screening:
             "judge_coalitions": len(self.judge_coalitions),
             "queries_bought": list(self.queries_bought),
             "target_pairs": self.target_pairs,
+            "noise": self.noise.to_dict() if self.noise is not None else None,
             "proxies": [
                 {
                     "name": p.name,
@@ -228,6 +245,10 @@ class Screening:
                     "q_oracle": list(p.q_oracle),
                     "rank_correlation": p.rank_correlation,
                     "top_mass": p.top_mass,
+                    "own_rank_correlation": p.own_rank_correlation,
+                    "own_top_mass": p.own_top_mass,
+                    "n_tied": p.n_tied,
+                    "ceiling": p.ceiling,
                     "rule": rule_to_dict(p.rule),
                     "other_rule": rule_to_dict(p.other_rule) if p.other_rule else None,
                     "beside": p.beside.to_dict(),

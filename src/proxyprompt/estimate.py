@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ._explaining import oracle_queries, screening_plan, screening_rows
+from ._explaining import noise_repeats, oracle_queries, screening_plan, screening_rows
 from ._request_keys import RequestKeys
 from ._run import Run, Silent
+from ._screening_noise import noise_queries
 from ._shrinking import certificate_method
 from ._token_bounds import least_tokens, likely_tokens, most_completion, most_tokens, n_bytes
 from ._verify_stage import verification_bases
@@ -256,8 +257,8 @@ class _Model:
         self.run, self.meter, self.role, self.quote = run, meter, role, quote
         self.backend, self.name = meter.backend, meter.backend.name
         self.price = price_of_calls(self.backend, quote)
-        kind: Literal["score", "generate"] = "generate" if isinstance(run.task, TextTask) else "score"
-        self._maker = RequestKeys(self.backend.identity, kind, {})
+        self._kind: Literal["score", "generate"] = "generate" if isinstance(run.task, TextTask) else "score"
+        self._maker = RequestKeys(self.backend.identity, self._kind, {})
         n = run.prompt.n_units
         self.full, self.empty = np.ones((1, n), dtype=np.bool_), np.zeros((1, n), dtype=np.bool_)
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -277,9 +278,10 @@ class _Model:
             return function._generate_requests(rows, run.task)
         return function._score_requests(rows, run.task)
 
-    def fresh(self, queries: Sequence[Query], rows: NDArray[np.bool_]) -> _Load:
+    def fresh(self, queries: Sequence[Query], rows: NDArray[np.bool_], repeat: int = 0) -> _Load:
         """Distinct requests that are not in the ledger."""
-        wanted = {self._maker.key(r): n_bytes(r.prompt) for r in self.requests(queries, rows)}
+        maker = self._maker if not repeat else RequestKeys(self.backend.identity, self._kind, {}, repeat)
+        wanted = {maker.key(r): n_bytes(r.prompt) for r in self.requests(queries, rows)}
         known = self.meter.ledger.lookup(wanted) if self.meter.ledger is not None else {}
         left = [size for key, size in wanted.items() if key not in known]
         return _Load(len(left), sum(left))
@@ -416,8 +418,18 @@ class _Plan:
         everything = np.vstack([self.rows[0].coalitions, self.rows[1], self.model.full])
         full, high = self.model.fresh(queries, self.model.full), self.model.fresh(queries, everything)
         more = _Load(high.calls - full.calls, high.bytes - full.bytes)
-        first = self.model.fresh(order[: s.screening_block], self.model.full)
-        return _Work(first, full + more.times(_AGREE), high)
+        first, again = order[: s.screening_block], _Load()
+        repeats = noise_repeats(self.run) if self.of_target else 0
+        if repeats:
+            repeated = noise_queries(order)
+            first += [q for q in repeated if q not in first]
+            for repeat in range(1, repeats + 1):
+                again += self.model.fresh(repeated, self.model.full, repeat)
+        return _Work(
+            self.model.fresh(first, self.model.full) + again,
+            full + more.times(_AGREE) + again,
+            high + again,
+        )
 
     def attribute(self) -> _Work | None:
         run, s, n = self.run, self.run.settings, self.run.prompt.n_units

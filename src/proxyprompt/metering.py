@@ -63,6 +63,7 @@ class StageStats:
     failed: int = 0
     prompt_tokens_bought: int = 0
     completion_tokens_bought: int = 0
+    cached_tokens_bought: int = 0
     prompt_tokens_reused: int = 0
     completion_tokens_reused: int = 0
     found: int = 0
@@ -507,6 +508,7 @@ class Meter:
             failed=sum(not good for _, _, good in block),
             prompt_tokens_bought=sum(result.usage.prompt_tokens for _, result, _ in block),
             completion_tokens_bought=sum(result.usage.completion_tokens for _, result, _ in block),
+            cached_tokens_bought=sum(result.usage.cached_tokens for _, result, _ in block),
         )
 
     def _count(self, stage: str, **more: float) -> None:

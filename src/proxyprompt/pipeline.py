@@ -415,9 +415,9 @@ def _oracle_tokens(run: Run, compression: Compression) -> float:
 
 
 def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
-    """Per stage and model: calls and tokens of this run in the ledger, what this process bought, and what it found there.
+    """Per stage and model: calls and tokens of this run in the ledger, what this process bought, and what it took.
 
-    ``found_*`` may have been bought by this run or by others; each answer counts once, in the first stage that used it.
+    ``answers`` may have been bought by this run or by others; each counts once, in the first stage that used it.
     """
     rows = []
     by_role: tuple[tuple[CallRole, list[Meter]], ...] = (
@@ -446,12 +446,16 @@ def _spent(ledger: Ledger, run: Run, key: str) -> tuple[Mapping[str, Any], ...]:
                         "bought_now": now.bought if now else 0,
                         "reused_now": now.reused if now else 0,
                         "tokens_now": now.prompt_tokens_bought + now.completion_tokens_bought if now else 0,
-                        "found_now": now.found if now else 0,
-                        "found_prompt_tokens": now.prompt_tokens_found if now else 0,
-                        "found_completion_tokens": now.completion_tokens_found if now else 0,
-                        "found_cached_tokens": now.cached_tokens_found if now else 0,
-                        "bought_prompt_tokens": now.prompt_tokens_bought if now else 0,
-                        "bought_completion_tokens": now.completion_tokens_bought if now else 0,
+                        "answers": now.found + now.bought if now else 0,
+                        "answer_prompt_tokens": now.prompt_tokens_found + now.prompt_tokens_bought
+                        if now
+                        else 0,
+                        "answer_completion_tokens": (
+                            now.completion_tokens_found + now.completion_tokens_bought if now else 0
+                        ),
+                        "answer_cached_tokens": now.cached_tokens_found + now.cached_tokens_bought
+                        if now
+                        else 0,
                     }
                 )
     return tuple(rows)

@@ -14,6 +14,17 @@ What ``q`` is:
     [PE 4.2]: the share of held-out coalitions on which the surrogate names the target's label. Where a label hardly
     ever changes, every surrogate that names it is faithful, whatever its reasons.
 
+A target that answers the same prompt differently from call to call has noise in all of this. Both scores predict the same
+held-out values, and the target's own surrogate was fitted on other calls than it is judged by: ``q_oracle`` is what the
+target reaches *with itself*, noise included, and what a proxy must reach is a share of that. Noise in the held-out values
+lowers both scores by one factor; noise in the values that the target's surrogate is fitted on lowers ``q_oracle`` alone,
+and with it the bar. The hypothesis stays the same, that the mean of ``d`` over agreeing queries is at most 0, and so does
+its error level. With ``repeats`` the whole prompts of a few queries are asked again, to say how much of this there is: the
+noise floor, the most that any explanation could agree (``ceiling``), and what the target's attributions reach with another
+run of itself. Queries on which the target's values vary no more than its noise are counted and stay pairs: counting them as
+draws would be as valid, but a proxy without noise of its own can be right where the target's own surrogate is not, and is
+then found less often (``tests/statistical/test_screening_error.py``).
+
 Both are always computed and reported; the setting says which one decides. Two rules:
 
 ``"betting"`` (default)
@@ -32,13 +43,11 @@ References
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
-from statistics import NormalDist
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._screening_noise import Again, TargetNoise, measure_noise, noise_queries
 from ._screening_pairs import (
     KINDS,
     Candidate,
@@ -49,134 +58,25 @@ from ._screening_pairs import (
     candidates_of,
     screen_block,
 )
+from ._screening_plan import Method, On, plan_screen
 from ._screening_result import Evidence, ProxyScreening, Screening, ScreeningPlan
 from .agreement import chance_agreement
 from .attribution.base import Design, Explainer
 from .errors import InputError
 from .prompt import Query
-from .sequential import (
-    SequentialDecision,
-    betting_rule,
-    earliest_acceptance,
-    paired_t_rule,
-    smallest_possible_acceptance,
-)
+from .sequential import SequentialDecision, betting_rule, earliest_acceptance, paired_t_rule
 
 __all__ = [
     "Evidence",
     "ProxyScreening",
     "Screening",
     "ScreeningPlan",
+    "TargetNoise",
     "agreement",
     "averaged",
     "plan_screen",
     "screen",
 ]
-
-Method: TypeAlias = Literal["betting", "paper"]
-On: TypeAlias = Literal["attribution", "fidelity"]
-
-_TYPICAL_SPREAD = 0.15
-"""Standard deviation of differences that the power line speaks of; on recorded closed models .1 to .3."""
-
-
-def plan_screen(
-    n_queries: int,
-    n_candidates: int = 1,
-    *,
-    method: Method = "betting",
-    on: On | None = None,
-    tau: float = 0.8,
-    delta: float = 0.05,
-    max_pairs: int = 100,
-    n_judge: int = 24,
-) -> ScreeningPlan:
-    """What a screen of these settings can find; asks nothing.
-
-    Parameters
-    ----------
-    n_queries, n_candidates : int
-        An ensemble is a candidate too.
-    method, on, tau, delta, max_pairs
-        As for :func:`screen`.
-    n_judge : int
-        Held-out coalitions.
-
-    Returns
-    -------
-    ScreeningPlan
-
-    Raises
-    ------
-    InputError
-        If the settings could not accept even a perfect proxy with any number of queries, or contradict each other.
-
-    Notes
-    -----
-    Too few queries are no error: then as many candidates are screened, the first ones, as can share ``delta`` and still be
-    accepted; none, if not even one can (``n_screened = 0``, ``earliest = None``). That is settled before any data are seen,
-    so the chance that any candidate is wrongly accepted stays ``delta``.
-
-    Examples
-    --------
-    >>> plan = plan_screen(200)
-    >>> plan.earliest, round(plan.detectable, 2)
-    (29, 0.05)
-    >>> plan_screen(20, 3).n_screened, plan_screen(10).n_screened
-    (2, 0)
-    """
-    decides = _check_rule(method, on, tau, delta)
-    chance = chance_agreement(n_judge) if decides == "attribution" else 0.0
-
-    def earliest_of(candidates: int, pairs: int) -> int | None:
-        if method == "paper":
-            return 2 if pairs >= 2 else None
-        return earliest_acceptance(tau=tau, delta=delta / candidates, max_pairs=pairs, chance=chance)
-
-    if earliest_of(n_candidates, max_pairs) is None:
-        level = delta / n_candidates
-        raise InputError(
-            f"screening: with tau={tau:g} and delta={level:g} not even a perfect proxy would be accepted within"
-            f" max_pairs={max_pairs}; no rule at all can accept one before"
-            f" {smallest_possible_acceptance(tau, 1.0, level)}.",
-            hint="Raise max_pairs or delta, or lower tau.",
-        )
-    n_max = min(max_pairs, n_queries)
-    n_screened = next((m for m in range(n_candidates, 0, -1) if earliest_of(m, n_max) is not None), 0)
-    level = delta / max(n_screened, 1) if method == "betting" else delta
-    if not n_screened:
-        needed = next(n for n in range(n_max + 1, max_pairs + 1) if earliest_of(1, n) is not None)
-        text = (
-            f"No proxy was screened: with {n_queries} queries to explain not even a perfect one could be accepted"
-            f" (tau {tau:g}, delta {delta:g}); that takes {needed} or more. Nothing was asked for it."
-        )
-        return ScreeningPlan(decides, level, n_max, None, float("inf"), chance, text, 0)
-    earliest = earliest_of(n_screened, n_max)
-    normal = NormalDist()
-    by_noise = (normal.inv_cdf(1 - level) + normal.inv_cdf(0.8)) * _TYPICAL_SPREAD / sqrt(n_max)
-    by_range = tau * (level ** (-1 / n_max) - 1)
-    # A tenth on top for what the bets lose before they know the spread.
-    detectable = 1.1 * float(np.hypot(by_noise, by_range))
-    what = (
-        "attributions agree with the target"
-        if decides == "attribution"
-        else "explanations predict the target"
-    )
-    text = (
-        f"The screen uses up to {n_max} queries. A proxy whose {what} on every query just as well as the target's own"
-        f" is accepted after {earliest} of them."
-    )
-    if method == "betting":
-        text += (
-            f" One that is better than {tau:g} of the target's own by {detectable:.2f} on average is found in about four"
-            f" screens of five (for differences that scatter by {_TYPICAL_SPREAD:g})."
-        )
-    if n_screened < n_candidates:
-        text += (
-            f" Only the first {n_screened} of {n_candidates} candidates {'is' if n_screened == 1 else 'are'} screened: with"
-            f" {n_queries} queries to explain, none could be accepted if all of them shared delta."
-        )
-    return ScreeningPlan(decides, level, n_max, earliest, detectable, chance, text, n_screened)
 
 
 def screen(
@@ -195,6 +95,8 @@ def screen(
     delta: float = 0.05,
     max_pairs: int = 100,
     block: int = 10,
+    again: Again | None = None,
+    repeats: int = 0,
 ) -> Screening:
     """Screen proxy models against the target, several at once [PE 3.1, Algorithm 1].
 
@@ -227,6 +129,11 @@ def screen(
     block : int
         Queries asked at once; the rule still looks after every pair. Larger blocks share more work on a
         local target, smaller ones save calls on a remote one.
+    again : callable, optional
+        ``again(queries, coalitions, repeat) -> Values``: asks the target for the ``repeat``-th time; for ``repeats``.
+    repeats : int
+        Times that the whole prompts of (up to ten) queries are asked again to see the target's noise; 0 for a target
+        that answers the same each time.
 
     Returns
     -------
@@ -245,7 +152,7 @@ def screen(
     A query on which the deciding evidence cannot be had (the target's held-out values do not vary, or too much is
     missing) makes no pair.
     """
-    _check(proxies, queries, block)
+    _check(proxies, queries, block, again, repeats)
     candidates = candidates_of(proxies, ensemble)
     plan = plan_screen(
         len(queries),
@@ -257,11 +164,17 @@ def screen(
         max_pairs=max_pairs,
         n_judge=len(judge_coalitions),
     )
-    judges = Judges(explainer, design, np.asarray(judge_coalitions, dtype=np.bool_))
     decisions: dict[str, SequentialDecision] = {}
     bought: list[str] = []
-    asked = 0
     order = [queries[int(i)] for i in rng.permutation(len(queries))]
+    noise, whole = None, set[str]()
+    if again is not None and repeats and plan.n_screened:
+        noise, whole = (
+            measure_noise(again, order, design.n_units, repeats),
+            {q.id for q in noise_queries(order)},
+        )
+    asked = len(whole) * (1 + repeats)
+    judges = Judges(explainer, design, np.asarray(judge_coalitions, dtype=np.bool_), noise)
     screened = candidates[: plan.n_screened]
     for start in range(0, len(order), block):
         active = [c for c in screened if _open(c, decisions.get(c.name), plan)]
@@ -270,13 +183,13 @@ def screen(
         part = order[start : start + block]
         new = screen_block(part, target, proxies, active, judges, plan.on)
         bought += new
-        # The full prompt of the design is the one already asked.
-        asked += len(part) + len(new) * (len(judges.all_rows) - 1)
+        # The full prompt of the design is the one already asked, and so are those that were repeated.
+        asked += sum(q.id not in whole for q in part) + len(new) * (len(judges.all_rows) - 1)
         for c in active:
             decisions[c.name] = _decide(c, method, tau, plan)
     return Screening(
         proxies=tuple(
-            _result(c, judges, method, tau, plan) if c in screened else _untested(c, tau, plan)
+            _result(c, judges, method, tau, plan, rng) if c in screened else _untested(c, tau, plan)
             for c in candidates
         ),
         method=method,
@@ -289,6 +202,7 @@ def screen(
         judge_coalitions=judges.held_out,
         queries_bought=tuple(bought),
         target_pairs=asked,
+        noise=noise,
     )
 
 
@@ -321,7 +235,9 @@ def _decide(c: Candidate, method: str, tau: float, plan: ScreeningPlan) -> Seque
     return rule
 
 
-def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: ScreeningPlan) -> ProxyScreening:
+def _result(
+    c: Candidate, judges: Judges, method: str, tau: float, plan: ScreeningPlan, rng: np.random.Generator
+) -> ProxyScreening:
     rule = _decide(c, method, tau, plan)
     # Each rule is compared at the settings it is known by: the paper's at 99 %, ours at 95 % or what was asked.
     level = plan.level if method == "betting" else 0.05
@@ -336,6 +252,7 @@ def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: Screeni
     else:
         other = _bets(c, "fidelity", tau, level, plan.max_pairs, 0.0)
     rank, mass = judges.mean_agreement(c)
+    own_rank, own_mass = judges.own_agreement(c, rng)
     return ProxyScreening(
         name=c.name,
         members=c.members,
@@ -349,6 +266,10 @@ def _result(c: Candidate, judges: Judges, method: str, tau: float, plan: Screeni
         target_pairs=c.target_pairs,
         rank_correlation=rank,
         top_mass=mass,
+        own_rank_correlation=own_rank,
+        own_top_mass=own_mass,
+        n_tied=c.n_tied,
+        ceiling=float(np.nanmean(c.ceilings)) if np.isfinite(c.ceilings).any() else None,
     )
 
 
@@ -383,28 +304,17 @@ def _untested(c: Candidate, tau: float, plan: ScreeningPlan) -> ProxyScreening:
     )
 
 
-def _check(proxies: Mapping[str, Evaluate], queries: Sequence[Query], block: int) -> None:
+def _check(
+    proxies: Mapping[str, Evaluate], queries: Sequence[Query], block: int, again: Again | None, repeats: int
+) -> None:
     if not proxies:
         raise InputError("proxies: none given; at least one is needed to screen.")
     if not queries:
         raise InputError("queries: none given; screening draws its pairs from them.")
     if block < 1:
         raise InputError(f"block: got {block!r}; at least 1.")
-
-
-def _check_rule(method: str, on: str | None, tau: float, delta: float) -> str:
-    """What decides."""
-    if method not in ("betting", "paper"):
-        raise InputError(f"method: got {method!r}; allowed: betting, paper.")
-    if on not in (None, *KINDS):
-        raise InputError(f"on: got {on!r}; allowed: {', '.join(KINDS)}.")
-    if method == "paper" and on == "attribution":
+    if repeats < 0 or (repeats and again is None):
         raise InputError(
-            "method='paper' with on='attribution': Algorithm 1 compares fidelities.",
-            hint="Leave on out, or use method='betting'.",
+            f"repeats: got {repeats!r}; 0 or more, and again= to ask with.",
+            hint="2 are usual for a remote target.",
         )
-    if not 0.0 < tau <= 1.0:
-        raise InputError(f"tau: got {tau!r}; it lies in (0, 1].")
-    if not 0.0 < delta < 1.0:
-        raise InputError(f"delta: got {delta!r}; it lies in (0, 1).")
-    return on or ("fidelity" if method == "paper" else "attribution")

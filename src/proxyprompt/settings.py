@@ -39,6 +39,10 @@ class Settings:
     screening_ensemble : bool
         With several proxies, whether their ensemble (the mean of standardised attributions) is a candidate too. It is the
         dearest one, so it explains only where no proxy is accepted alone.
+    screening_repeats : int or "auto"
+        Times that the target is asked the whole prompts of ten explain queries again, to see how far its answers vary from
+        call to call. ``"auto"``: 2 for a target that may (a remote one), 0 for one that answers the same each time (models
+        on this machine, recordings).
     max_pairs : int
         Most pairs a screening uses.
     screening_block : int
@@ -153,6 +157,7 @@ class Settings:
     screening_tau: float = 0.8
     screening_delta: float = 0.05
     screening_ensemble: bool = True
+    screening_repeats: int | Literal["auto"] = "auto"
     max_pairs: int = 100
     screening_block: int = 10
     fit_coalitions: int | None = None
@@ -244,6 +249,8 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: got {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+        if self.screening_repeats != "auto":
+            _count("screening_repeats", self.screening_repeats, 0)
         if self.reexplain_calls is not None:
             _count("reexplain_calls", self.reexplain_calls, 0)
         for name, least in (

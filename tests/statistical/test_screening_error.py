@@ -4,12 +4,16 @@ The models are logistic in 12 units with a few interactions, answer with noise, 
 unit, as the pipeline does it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from proxyprompt._screening_noise import measure_noise
 from proxyprompt.agreement import chance_agreement, held_out_agreement, top_mass
 from proxyprompt.attribution import WeightedBanzhaf
 from proxyprompt.fidelity import label_fidelity
+from proxyprompt.prompt import Query
 from proxyprompt.screening import plan_screen
 from proxyprompt.sequential import betting_rule
 
@@ -130,3 +134,67 @@ def test_the_power_line_keeps_its_word(n, tau):
     found = np.mean([betting_rule(row, tau=tau, max_pairs=n).accepted for row in d])
     print(f"\nN={n}, tau={tau}: detectable {plan.detectable:.3f}, power {found:.2f}")
     assert 0.7 <= found <= 0.95
+
+
+@pytest.mark.parametrize("noise", [0.7, 1.5])
+def test_the_error_holds_for_a_noisy_target_and_the_floor_knows_its_noise(noise):
+    """Half of the queries do not react to what is in the prompt; each call is answered with noise.
+
+    The proxy has the target's reasons on a share of the queries and none of them on the others. At the share where the mean
+    difference is 0, acceptance is an error.
+    """
+    rng = np.random.default_rng(11)
+    runs = 150
+    n = PAIRS * runs
+    reacts = rng.random(n) < 0.5
+    weights = np.resize([1.0, -1.0, 0.5, -0.5], N_UNITS) + 0.5 * rng.normal(size=(n, N_UNITS))
+    design = EXPLAINER.design(N_UNITS, N_FIT, rng=rng)
+    judge = EXPLAINER.held_out(N_UNITS, N_JUDGE, rng=rng, exclude=design.coalitions)
+
+    def target(rows):
+        values = reacts * ((rows - 0.8) @ weights.T)
+        return values + noise * rng.normal(size=values.shape)
+
+    held_out, fitted = target(judge), target(design.coalitions)
+    same, other = ((design.coalitions - 0.8) @ w.T for w in (weights, rng.normal(size=(n, N_UNITS))))
+    own, like, unlike = (
+        held_out_agreement(design, v, judge, held_out, explainer=EXPLAINER) - CHANCE
+        for v in (fitted, same, other)
+    )
+    like, unlike = ((d - TAU * own).reshape(runs, PAIRS) for d in (like, unlike))
+    share = -unlike.mean() / (like.mean() - unlike.mean())
+
+    def accepted(share, worth=1.0):
+        d = np.where(rng.random(like.shape) < share, like, unlike) * worth
+        return np.mean([betting_rule(r, tau=TAU, max_pairs=PAIRS, chance=CHANCE).accepted for r in d])
+
+    found = accepted(share)
+    # What the screen finds out of the noise, by the code that it uses.
+    repeated = iter(rng.normal(size=(3, 1, 10)) * noise)
+    floor = measure_noise(lambda q, rows, r: Said(next(repeated)), QUERIES, N_UNITS, 2)
+    assert floor.spread == pytest.approx(noise, rel=0.45)
+    distinct = replace(floor, spread=noise).distinct(held_out)
+    draws = accepted(1.0, worth=distinct.reshape(runs, PAIRS))
+    print(f"\nnoise {noise}: floor {floor.floor:.2f}; at mean 0 (share {share:.2f}) accepted {found:.3f};")
+    print(
+        f"a right proxy {accepted(1.0):.2f}, with noise as draws {draws:.2f}; dull left {distinct[~reacts].mean():.2f}"
+    )
+    assert found <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)
+    assert distinct[~reacts].mean() < 0.1
+    if noise == 0.7:
+        assert distinct[reacts].mean() > 0.7
+    else:
+        # Why such pairs are not left out: what reacts is then among them, and a right proxy is found less often.
+        assert accepted(1.0) > draws + 0.3
+
+
+class Said:
+    """Values of whole prompts."""
+
+    probabilities = None
+
+    def __init__(self, utility):
+        self.utility = utility
+
+
+QUERIES = [Query(f"q{i}", {"input": str(i)}, "a") for i in range(10)]

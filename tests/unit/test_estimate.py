@@ -154,11 +154,12 @@ CASES: list[dict[str, Any]] = [
     {"n": 9, "same": True, "proxies": 0},
     {"n": 8, "text": True},
     {"n": 8, "proxies": 2, "explain": 10},  # too few queries to screen any proxy
-    {"n": 8, "proxies": 3, "explain": 20},  # to screen all of them
     {"n": 10, "verify": "harmful", "screening_method": "off"},
     {"n": 10, "verify": "all", "proxies": 2},  # screened too
     {"n": 9, "verify": "top", "screening_method": "off", "explainer": "leave_one_out", "verify_calls": 150},
     {"n": 8, "verify": "harmful", "screening_method": "off", "text": True, "explainer": "kernel_shap"},
+    {"n": 8, "proxies": 3, "explain": 20, "screening_repeats": 0},  # to screen all of them
+    {"n": 8, "explain": 12, "screening_tau": 0.5, "screening_repeats": 3},
 ]
 
 

@@ -135,6 +135,68 @@ def test_with_too_few_queries_to_screen_the_target_explains_itself(tmp_path: Pat
         assert "too few queries" in text
 
 
+class Shaky(Model):
+    """A model whose answers vary from call to call, as those of remote models do."""
+
+    def __init__(self, name: str, jitter: float, **more: float) -> None:
+        super().__init__(name, **more)  # type: ignore[arg-type]
+        self.backend.deterministic = False
+        self.rng, self.jitter = np.random.default_rng(0), jitter
+
+    def score(self, request: ScoreRequest) -> list[float]:
+        x = np.array(super().score(request)) + self.rng.normal(0, self.jitter, 3)
+        return [float(v) for v in x - math.log(np.exp(x).sum())]
+
+
+def test_a_target_that_may_vary_is_asked_the_same_again_and_the_report_says_what_came_out(
+    tmp_path: Path,
+) -> None:
+    target, proxy = Shaky("target", 0.3), Model("proxy")
+    result = run(tmp_path, target, proxy)
+    assert result.screening is not None
+    noise = result.screening.noise
+    assert noise is not None
+    assert (noise.repeats, len(noise.query_ids), noise.freedom) == (2, 10, 20)
+    assert 0.05 < noise.spread < 0.6
+    (bought,) = (r for r in result.spent if (r["stage"], r["role"]) == ("screen", "target"))
+    assert bought["calls"] == result.screening.target_pairs
+    artifact = build_artifact(result)
+    assert artifact.body["screening"]["noise"]["floor"] == noise.floor
+    (shown,) = artifact.summary["screening"]["proxies"]
+    assert 0 < shown["own_rank_correlation"] <= 1
+    assert 0 < shown["ceiling"] < 1
+    for text in (render_html(artifact.summary), render_markdown(artifact.summary)):
+        assert "2 more times for the same 10 whole prompts" in text
+        assert "Rank correlation of attributions, target with itself" in text
+        assert "Agreement that the noise of the target allows" in text
+    asked = target.asked
+    again = run(tmp_path, target, proxy)
+    assert target.asked == asked
+    assert again.screening is not None
+    assert again.screening.noise is not None
+    assert again.screening.noise.spread == noise.spread
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "repeats", "asked"), [(True, "auto", 0), (False, 0, 0), (True, 1, 10)]
+)
+def test_what_answers_the_same_each_time_is_not_asked_again(
+    tmp_path: Path, deterministic: bool, repeats: int | str, asked: int
+) -> None:
+    target = Model("target")
+    target.backend.deterministic = deterministic
+    settings = Settings(fit_coalitions=64, proxy_coalitions=96, screening_repeats=repeats)  # type: ignore[arg-type]
+    result = run(tmp_path, target, Model("proxy"), settings=settings)
+    assert result.screening is not None
+    assert (result.screening.noise is None) == (not asked)
+    if asked:
+        assert result.screening.noise is not None
+        assert result.screening.noise.floor == 0.0
+        assert "answered the same" in build_artifact(result).summary["screening"]["noise"]
+    else:
+        assert build_artifact(result).summary["screening"]["noise"] is None
+
+
 def test_the_artifact_and_the_reports_say_so(accepted: Result, tmp_path: Path) -> None:
     artifact = build_artifact(accepted, created="2026-01-01T00:00:00+00:00")
     artifact.save(tmp_path / "artifact.json")

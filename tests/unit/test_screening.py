@@ -32,7 +32,11 @@ class Planted:
         noise: float = 0.3,
         disagree: frozenset[str] = frozenset(),
         level: float = 0.0,
+        shaky: float = 0.0,
+        dull: frozenset[str] = frozenset(),
     ) -> None:
+        self.shaky, self.dull = np.random.default_rng(seed), dull
+        self.shake = shaky
         self.weights = np.array(weights)
         self.seed, self.noise, self.disagree, self.level = seed, noise, disagree, level
         self.asked: list[tuple[str, bytes]] = []
@@ -42,9 +46,10 @@ class Planted:
         for j, query in enumerate(queries):
             rng = np.random.default_rng([self.seed, int(query.inputs["input"])])
             w = self.weights + self.noise * rng.normal(size=N)
-            margin[:, j] = (rows - 0.5) @ w + self.level
+            margin[:, j] = (rows - 0.5) @ w * (query.id not in self.dull) + self.level
             margin[rows.all(axis=1), j] = -5.0 if query.id in self.disagree else 5.0
             self.asked += [(query.id, row.tobytes()) for row in rows]
+        margin += self.shake * self.shaky.normal(size=margin.shape)
         p = 1 / (1 + np.exp(-margin))
         probabilities = np.stack([1 - p, p], axis=2)
         return Values(
@@ -245,6 +250,69 @@ def test_the_plan_says_what_can_be_found_before_anything_is_asked() -> None:
     assert f"after {plan.earliest}" in plan.text
     assert plan_screen(40, 2, on="fidelity").earliest <= plan.earliest
     assert plan_screen(400).detectable < plan_screen(40).detectable
+
+
+class Repeated:
+    """What the screen is handed to ask a target again; remembers what for."""
+
+    def __init__(self, target: Planted) -> None:
+        self.target = target
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, queries: Sequence[Query], rows: NDArray[np.bool_], repeat: int) -> Values:
+        assert rows.all()
+        self.asked += [(q.id, repeat) for q in queries]
+        return self.target(queries, rows)
+
+
+def test_the_target_s_noise_is_measured_on_the_last_queries_and_shown() -> None:
+    target = Planted(GOOD, seed=1, shaky=0.5, level=1.0)
+    again = Repeated(target)
+    result = go(target, {"p": Planted(GOOD, seed=2)}, again=again, repeats=2)
+    noise = result.noise
+    assert noise is not None
+    order = [QUERIES[int(i)].id for i in np.random.default_rng(1).permutation(60)]
+    assert noise.query_ids == tuple(order[::-1][:10])
+    assert again.asked == [(q, r) for r in range(3) for q in noise.query_ids]
+    assert (noise.repeats, noise.freedom, noise.flips) == (2, 20, 0.0)
+    # The full prompt is at a margin of 5, where the log-probability moves by 1 / (1 + e^5) of what the margin does.
+    assert noise.spread == pytest.approx(0.5 / (1 + np.exp(5)), rel=0.5)
+    assert noise.floor == pytest.approx(2 * np.sqrt(2) * noise.spread)
+    assert "2 more times for the same 10 whole prompts" in noise.text
+    assert json.dumps(result.to_dict(), allow_nan=False)
+    (proxy,) = result.proxies
+    assert 0.9 < (proxy.own_rank_correlation or 0) <= 1
+    assert 0.9 < (proxy.own_top_mass or 0) <= 1
+    # What it cost: the repeats, and the whole prompts of the repeated queries that the screen did not reach.
+    seen = set(order[: proxy.n_seen]) | set(noise.query_ids)
+    full = len(result.queries_bought) * (len(result.judge_coalitions) + result.design.n_coalitions - 1)
+    assert result.target_pairs == 2 * 10 + len(seen) + full
+
+
+def test_queries_that_are_all_noise_are_counted_and_stay_pairs() -> None:
+    dull = frozenset(f"q{i}" for i in range(0, 60, 2))
+    target = Planted(GOOD, seed=1, shaky=0.4, dull=dull, level=5.0)
+    proxies = {"p": Planted(GOOD, seed=2, dull=dull, level=5.0)}
+    (found,) = go(target, proxies, again=Repeated(target), repeats=2).proxies
+    n_dull = len(set(found.query_ids) & dull)
+    assert n_dull > 10
+    assert 0.7 * n_dull <= found.n_tied <= 1.1 * n_dull
+    assert len(found.query_ids) == found.n_agree
+    # Half of the queries can be predicted, the others not at all.
+    assert found.ceiling == pytest.approx(0.5, abs=0.15)
+    assert np.mean(found.q_oracle) < found.ceiling + found.decided_by.chance
+
+
+def test_a_target_without_noise_loses_no_pair() -> None:
+    target, proxies = Planted(GOOD, seed=1), {"p": Planted(GOOD, seed=2)}
+    plain, found = go(target, proxies), go(target, proxies, again=Repeated(target), repeats=1)
+    assert found.noise is not None
+    assert (found.noise.spread, found.noise.floor, found.proxies[0].n_tied) == (0.0, 0.0, 0)
+    assert found.proxies[0].rule == plain.proxies[0].rule
+    assert found.proxies[0].own_rank_correlation == found.proxies[0].ceiling == pytest.approx(1.0)
+    assert "answered the same" in found.noise.text
+    with pytest.raises(InputError, match="repeats: got 1"):
+        go(target, proxies, repeats=1)
 
 
 def test_with_too_few_queries_all_stay_undecided_and_nothing_is_asked() -> None:

@@ -275,6 +275,14 @@ def keeps_journal(backend: Backend) -> bool:
     return bool(getattr(backend, "keeps_journal", False))
 
 
+def is_deterministic(backend: Backend) -> bool:
+    """Whether a backend says of itself that it answers the same request the same each time (``deterministic = True``).
+
+    Of one that says nothing it is not assumed: a remote model may answer differently from call to call.
+    """
+    return bool(getattr(backend, "deterministic", False))
+
+
 def masks_units(backend: Backend) -> bool:
     """Whether a backend answers requests with a :class:`UnitMask`, and answers no others."""
     return bool(getattr(backend, "masks_units", False))

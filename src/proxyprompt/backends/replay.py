@@ -100,6 +100,8 @@ class ReplayBackend:
     (-0.1, -4.0)
     """
 
+    deterministic = True
+
     def __init__(
         self, path: str | os.PathLike[str], *, model: str | None = None, name: str | None = None
     ) -> None:

@@ -71,6 +71,8 @@ class ScriptedBackend:
     (0, [-1.386, -0.288])
     """
 
+    deterministic = True
+
     def __init__(
         self,
         score: Callable[[ScoreRequest], Scores] | None = None,

@@ -358,10 +358,24 @@ def _proxy(proxy: dict[str, Any]) -> dict[str, Any]:
         ("Decided by", {"attribution": "agreement of attributions"}.get(decides, decides)),
         ("Agreement of attributions, proxy with target", t.fixed(proxy.get("mean_agreement_proxy"))),
         ("Agreement of attributions, target with itself", t.fixed(proxy.get("mean_agreement_oracle"))),
+        ("Agreement that the noise of the target allows", t.fixed(proxy.get("ceiling"))),
         ("Fidelity to the target, explained by the proxy", t.fixed(proxy["mean_q_proxy"])),
         ("Fidelity to the target, explained by itself", t.fixed(proxy["mean_q_oracle"])),
         ("Same answer on the full prompt", t.share(proxy["agreement"])),
-        ("Rank correlation of attributions", t.fixed(proxy["rank_correlation"], 2)),
+        ("Rank correlation of attributions, proxy with target", t.fixed(proxy["rank_correlation"], 2)),
+        (
+            "Rank correlation of attributions, target with itself",
+            t.fixed(proxy.get("own_rank_correlation"), 2),
+        ),
+        (
+            "Target's attribution mass in the proxy's top quarter, relative to its own",
+            t.share(proxy.get("top_mass")),
+        ),
+        ("The same, of another run of the target", t.share(proxy.get("own_top_mass"))),
+        (
+            "Queries on which the target's values are no more than noise",
+            t.count(proxy.get("n_tied")) if proxy.get("n_tied") else t.NOT_AVAILABLE,
+        ),
         ("The other evidence, by the same rule", proxy.get("beside") or t.NOT_AVAILABLE),
     ]
     paper = proxy["paper_rule"]

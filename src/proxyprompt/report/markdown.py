@@ -211,7 +211,7 @@ def _screening(view: dict[str, Any]) -> list[str]:
         rows.append([p["name"], p["label"], facts, f"{p['note']}{paper}"])
     return [
         "## May the proxy stand in?",
-        escape(" ".join(filter(None, (view["screening"]["text"], view["screening"].get("power"))))),
+        escape(" ".join(filter(None, (view["screening"][key] for key in ("text", "power", "noise"))))),
         _table(["Proxy", "Decision", "Evidence", "Note"], rows),
     ]
 

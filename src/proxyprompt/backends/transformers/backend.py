@@ -101,6 +101,8 @@ class TransformersBackend:
     measurement at load and run without sharing; :attr:`shares_prefixes` tells.
     """
 
+    deterministic = True
+
     def __init__(
         self,
         model: str | os.PathLike[str],
