@@ -37,7 +37,7 @@ def test_the_page_fills_what_was_measured_and_leaves_the_rest_hollow() -> None:
     page = render_queries_html(found().to_dict())
     assert page.count('class="mark-measured') == 2 + 2  # two units, and two in the legend
     assert page.count('class="mark-estimated') == 2 + 1
-    assert page.count("not measured</span>") == 2
+    assert page.count("not measured </span>") == 2
     assert page.count('class="badge good">decides') == 1
     assert "<script" not in page
     assert "[U+202E]" in page
