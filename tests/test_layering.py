@@ -36,6 +36,7 @@ LEVEL: dict[str, float] = {
     "savings": 7,
     "task": 7,
     "units": 7,
+    "_ledger_calls": 7.2,
     "_ledger_schema": 7.5,
     "_ledger_vault": 7.5,
     "_ledger_owners": 7.5,

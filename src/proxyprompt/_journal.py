@@ -12,13 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ._ledger_calls import TAKEN_OVER, change
 from .ledger import Ledger
 
 __all__ = ["LedgerJournal", "MemoryJournal", "identity_hash"]
 
 _TABLE = """CREATE TABLE IF NOT EXISTS journal (owner TEXT NOT NULL, name TEXT NOT NULL, entry TEXT NOT NULL,
     written_at REAL NOT NULL, PRIMARY KEY (owner, name))"""
-_CONTINUED = "continued by a later process, which counts it"
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -88,6 +88,6 @@ class LedgerJournal:
 
     def take_over(self, indices: Sequence[int]) -> None:
         """Close what earlier, dead processes sent of these requests: it is still under way, and counted anew here."""
-        query = "UPDATE attempt SET state = 'failed', error = ? WHERE key = ? AND state = 'unknown'"
+        query = change("key = ?1 AND state = 'unknown'", state=f"'{TAKEN_OVER}'")
         with self._ledger.transaction() as connection:
-            connection.executemany(query, [(_CONTINUED, bytes.fromhex(self.keys[i])) for i in indices])
+            connection.executemany(query, [(bytes.fromhex(self.keys[i]),) for i in indices])

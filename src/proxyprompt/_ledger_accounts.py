@@ -9,12 +9,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ._ledger_calls import change, insertion
 from ._ledger_owners import AHEAD, owner
 from ._ledger_rows import PICO, CallRole, Limits
 from .errors import BudgetExceededError, InputError, LedgerError
 
 __all__ = ["amounts_of", "check_fit", "check_room", "chunks", "enter", "mark", "taken"]
 
+_ENTER = insertion(
+    ("id", "key", "estimate", "allowance", "run", "stage", "role", "model", "state", "host", "pid", "born", "created_at",
+     "currency")
+)  # fmt: skip
 _CHUNK = 900  # SQLite before 3.32 takes at most 999 parameters
 
 
@@ -32,7 +37,7 @@ def amounts_of(
     for name, given in (("tokens", tokens), ("money", money)):
         if given is not None and len(given) != n:
             raise InputError(f"{name} has {len(given)} entries, {what} has {n}; give one per key.")
-    return list(zip(tokens or [0] * n, money or [0] * n, strict=True))
+    return [(int(a), int(b)) for a, b in zip(tokens or [0] * n, money or [0] * n, strict=True)]
 
 
 def check_fit(limits: Limits | None, role: CallRole) -> None:
@@ -54,8 +59,7 @@ def enter(
     host, pid, born = owner()
     same = (*common, state, host, pid, born, time.time(), currency)
     connection.executemany(
-        """INSERT INTO attempt (id, key, estimate, allowance, run, stage, role, model, state, host, pid, born,
-        created_at, currency) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        _ENTER,
         [(first + n, key, *amount, *same) for n, (key, amount) in enumerate(rows)],
     )
     return list(range(first, first + len(rows)))
@@ -142,9 +146,10 @@ def mark(
     rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
     if rows and rows[0] is not None:
         check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
-    change = (", estimate = ?, allowance = ?" if given else "") + (f", error = '{AHEAD}'" if ahead else "")
-    values = [(*(amount if given else ()), n) for n, amount in zip(ids, amounts, strict=False)]
-    query = f"UPDATE attempt SET state = 'sent'{change} WHERE id = ? AND state = 'reserved'"
+    sets = {"state": "'sent'"} | ({"estimate": "?2", "allowance": "?3"} if given else {})
+    sets |= {"error": f"'{AHEAD}'"} if ahead else {}
+    values = [(n, *(amount if given else ())) for n, amount in zip(ids, amounts, strict=False)]
+    query = change("id = ?1 AND state = 'reserved'", **sets)
     marked = connection.executemany(query, values).rowcount if values else 0
     if marked != len(ids) or None in rows:
         raise LedgerError(

@@ -197,6 +197,7 @@ def _plain(totals: Totals) -> dict[str, Any]:
         "failed": totals.failed,
         "unknown": totals.unknown,
         "open": totals.open,
+        "taken_over": totals.taken_over,
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
         "cached_tokens": totals.cached_tokens,
@@ -213,6 +214,7 @@ def _lines(totals: Totals) -> list[str]:
             ("failed", one.failed),
             ("outcome unknown", one.unknown),
             ("open", one.open),
+            ("taken over", one.taken_over),
         ]
         calls = ", ".join(f"{n:,} {name}" for name, n in states if n) or "0 done"
         money = "".join(f"; {_short(amount)} {currency}" for currency, amount in one.money.items())

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from ._ledger_calls import learn_seal
 from ._ledger_commit import CommitQueue, Job
 from ._ledger_owners import settle_dead
 from ._ledger_schema import APPLICATION_ID, SCHEMA, create_tables, migrate, pragma
@@ -207,6 +208,7 @@ class LedgerFile:
             self._connection = connection
             # A damaged row may claim to be text; undecodable text must fail its hash, not the whole query.
             connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            learn_seal(connection)
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
             self._adopt(connection)

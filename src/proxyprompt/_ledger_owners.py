@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ._ledger_calls import change, set_aside
+
 __all__ = ["AHEAD", "birth_of", "drop_attempts", "owner", "settle_dead"]
 
 AHEAD = "marked as sent ahead of its turn"
@@ -33,6 +35,7 @@ def owner() -> tuple[str, int, str]:
 
 def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
     """Inside a transaction: settle the attempts of processes that are gone; ``alone``: of all others."""
+    set_aside(connection, "state IN ('reserved', 'sent')")  # nobody could settle these
     query = "SELECT DISTINCT host, pid, born FROM attempt WHERE state IN ('reserved', 'sent')"
     owners = connection.execute(query).fetchall()
     if not alone:
@@ -51,7 +54,7 @@ def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
 def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:
     """Inside a transaction: attempts not sent vanish, those sent become unknown, finished ones stay."""
     connection.executemany(f"DELETE FROM attempt WHERE state = 'reserved' AND {where}", values)
-    query = f"UPDATE attempt SET state = 'unknown', finished_at = ? WHERE state = 'sent' AND {where}"
+    query = change(f"state = 'sent' AND {where}", state="'unknown'", finished_at="?1")
     connection.executemany(query, [(time.time(), *value) for value in values])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
+from ._ledger_calls import TAKEN_OVER
 from .backends.base import Usage
 from .errors import InputError
 
@@ -156,7 +157,8 @@ class Claim:
 class Totals:
     """Calls by outcome, tokens and money; ``open`` are reserved or sent by a process that is still at work.
 
-    ``money`` by currency: the price of finished calls, and what is set aside for sent and unknown ones. ``by_currency``, of
+    ``taken_over``: found under way at the provider by a later process, and counted by that one. ``money`` by currency: the
+    price of finished calls, and what is set aside for sent and unknown ones. ``by_currency``, of
     each model: ``""`` are calls that were recorded without a price.
     """
 
@@ -172,6 +174,7 @@ class Totals:
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
     by_currency: Mapping[str, Totals] = field(default_factory=dict)
+    taken_over: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +261,18 @@ def _sum_states(rows: Sequence[Sequence[Any]]) -> Totals:
         states[state] = states.get(state, 0) + count
         if amount:
             money[currency] = money.get(currency, Decimal(0)) + Decimal(amount) / PICO
-    prompt, completion, cached, *more = (sum(row[column] for row in rows) for column in range(2, 7))
+    tokens = [sum(row[column] for row in rows) for column in range(2, 7)]
     still_open = states.get("reserved", 0) + states.get("sent", 0)
-    outcome = (states.get("done", 0), states.get("failed", 0), states.get("unknown", 0), still_open)
-    return Totals(*outcome, prompt, completion, cached, {}, money, *more)
+    return Totals(
+        done=states.get("done", 0),
+        failed=states.get("failed", 0),
+        unknown=states.get("unknown", 0),
+        open=still_open,
+        prompt_tokens=tokens[0],
+        completion_tokens=tokens[1],
+        cached_tokens=tokens[2],
+        cache_write_tokens=tokens[3],
+        reasoning_tokens=tokens[4],
+        money=money,
+        taken_over=states.get(TAKEN_OVER, 0),
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+from ._ledger_calls import CALL_COLUMNS, TAKEN_OVER, image
+
 __all__ = [
     "APPLICATION_ID",
     "RESPONSE_COLUMNS",
@@ -15,7 +17,7 @@ __all__ = [
     "pragma",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 APPLICATION_ID = 0x50504C31
 
 _FIRST_COLUMNS = (
@@ -49,15 +51,15 @@ _FIRST = (
 def counted(row: str) -> tuple[str, str, str]:
     """Calls, tokens and money of an attempt that count against limits, as SQL over the columns of ``row``.
 
-    A failure that reports tokens was billed. Where a call ended without any report, or has not ended, what was set
-    aside for it counts.
+    A failure that reports tokens was billed. What was taken over counts where it is collected. Where a call ended without
+    any report, or has not ended, what was set aside for it counts.
     """
     used = f"{row}prompt_tokens + {row}completion_tokens"
     return (
-        f"({row}state != 'failed' OR {used} > 0)",
+        f"({row}state NOT IN ('failed', '{TAKEN_OVER}') OR {used} > 0)",
         f"(CASE WHEN {row}state IN ('done', 'failed') AND {used} > 0 THEN {used}"
-        f" WHEN {row}state = 'failed' THEN 0 ELSE {row}estimate END)",
-        f"(CASE WHEN {row}state IN ('done', 'failed') THEN {row}cost ELSE {row}allowance END)",
+        f" WHEN {row}state IN ('failed', '{TAKEN_OVER}') THEN 0 ELSE {row}estimate END)",
+        f"(CASE WHEN {row}state IN ('done', 'failed', '{TAKEN_OVER}') THEN {row}cost ELSE {row}allowance END)",
     )
 
 
@@ -74,6 +76,13 @@ SUMS = f"""SELECT run, role, state, currency, sum{_CALLS}, sum{_TOKENS}, sum{_MO
     GROUP BY run, role, state, currency"""
 """What the table ``spent`` must hold, apart from rows of zeros."""
 
+_TRIGGERS = (
+    f"CREATE TRIGGER attempt_in AFTER INSERT ON attempt BEGIN {_add('new', '')} END",
+    f"CREATE TRIGGER attempt_on AFTER UPDATE ON attempt BEGIN {_add('old', '-')} {_add('new', '')} END",
+    f"CREATE TRIGGER attempt_out AFTER DELETE ON attempt BEGIN {_add('old', '-')} END",
+)
+_OPEN = "CREATE INDEX attempt_open ON attempt (key) WHERE state IN ('reserved', 'sent')"
+
 _SECOND = (
     "ALTER TABLE attempt ADD COLUMN born TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE attempt ADD COLUMN allowance INTEGER NOT NULL DEFAULT 0",
@@ -84,19 +93,45 @@ _SECOND = (
         for table in ("attempt", "response", "quarantine")
         for column in ("cache_write_tokens", "reasoning_tokens")
     ),
-    "CREATE INDEX attempt_open ON attempt (key) WHERE state IN ('reserved', 'sent')",
+    _OPEN,
     # Sums of the attempts, so that a limit is checked in the same time however long the run.
     """CREATE TABLE spent (run TEXT NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL, currency TEXT NOT NULL,
     calls INTEGER NOT NULL, tokens INTEGER NOT NULL, money INTEGER NOT NULL,
     PRIMARY KEY (run, role, state, currency)) WITHOUT ROWID""",
     f"INSERT INTO spent {SUMS}",
-    f"CREATE TRIGGER attempt_in AFTER INSERT ON attempt BEGIN {_add('new', '')} END",
-    f"CREATE TRIGGER attempt_on AFTER UPDATE ON attempt BEGIN {_add('old', '-')} {_add('new', '')} END",
-    f"CREATE TRIGGER attempt_out AFTER DELETE ON attempt BEGIN {_add('old', '-')} END",
+    *_TRIGGERS,
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
 )
 
-_STEPS = {1: _FIRST, 2: _SECOND}
+_CALLS_LIST = ", ".join(CALL_COLUMNS)
+_CONTINUED = "continued by a later process, which counts it"
+_THIRD = (
+    # A hash for each call, and a state of its own for what another process goes on with.
+    f"""CREATE TABLE attempt_3 (id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL, run TEXT NOT NULL,
+    stage TEXT NOT NULL, role TEXT NOT NULL CHECK (role IN ('target', 'proxy')), model TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'sent', 'done', 'failed', 'unknown', '{TAKEN_OVER}')),
+    host TEXT NOT NULL, pid INTEGER NOT NULL, born TEXT NOT NULL, created_at REAL NOT NULL, finished_at REAL, error,
+    estimate INTEGER NOT NULL, allowance INTEGER NOT NULL, cost INTEGER NOT NULL, currency TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+    cache_write_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL, sha256 BLOB NOT NULL)""",
+    f"INSERT INTO attempt_3 SELECT {_CALLS_LIST}, x'' FROM attempt",
+    f"""UPDATE attempt_3 SET state = '{TAKEN_OVER}', error = NULL
+    WHERE state = 'failed' AND error = '{_CONTINUED}'""",
+    f"UPDATE attempt_3 SET sha256 = seal({image()})",
+    # Numbers of calls are never used again.
+    "DELETE FROM sqlite_sequence WHERE name = 'attempt_3'",
+    "INSERT INTO sqlite_sequence SELECT 'attempt_3', seq FROM sqlite_sequence WHERE name = 'attempt'",
+    "DROP TABLE attempt",
+    "ALTER TABLE attempt_3 RENAME TO attempt",
+    "CREATE INDEX attempt_run ON attempt (run, role)",
+    _OPEN,
+    "DELETE FROM spent",
+    f"INSERT INTO spent {SUMS}",
+    *_TRIGGERS,
+    f"CREATE TABLE attempt_quarantine (set_aside_at REAL NOT NULL, {_CALLS_LIST})",
+)
+
+_STEPS = {1: _FIRST, 2: _SECOND, 3: _THIRD}
 """Statements that lead from the schema before to this one. A released step is never changed."""
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, mark, taken
+from ._ledger_calls import DAMAGED, TAKEN_OVER, change, set_aside
 from ._ledger_file import LedgerFile
 from ._ledger_owners import drop_attempts, settle_dead
 from ._ledger_rows import (
@@ -63,6 +64,14 @@ __all__ = [
     "Totals",
     "request_key",
 ]
+
+
+_FINISHED = {
+    "state": "'done'",
+    "finished_at": "?1",
+    **{column: f"?{n}" for n, column in enumerate(USAGE_COLUMNS.split(", "), start=2)},
+    "cost": "coalesce(?7, allowance)",
+}
 
 
 class Ledger:
@@ -125,7 +134,8 @@ class Ledger:
             return read_secret(key_file, create=new)
 
         self.quarantined = 0
-        self._warned = False
+        self._warned = self._warned_of_calls = False
+        self._checked: tuple[int, int] | None = None
         self._file = LedgerFile(
             path, create=create, first_meta=lambda: Vault.new(store or "full", secret).meta()
         )
@@ -263,13 +273,15 @@ class Ledger:
     def totals(
         self, run: str | None = None, role: CallRole | None = None, stage: str | None = None
     ) -> Totals:
-        """Count calls, tokens and money of the attempts that match all the given filters."""
+        """Count calls, tokens and money of the attempts that match all the given filters; damaged ones are set aside."""
+        self.check_calls()
         filters = {"run": run, "role": role, "stage": stage}
         given = {name: value for name, value in filters.items() if value is not None}
         where = " AND ".join(f"{name} = ?" for name in given) or "1"
         sums = ", ".join(f"sum({column})" for column in USAGE_COLUMNS.split(", "))
         query = f"""SELECT model, state, count(*), {sums}, currency,
-            sum(CASE WHEN state IN ('done', 'failed') THEN cost WHEN state = 'reserved' THEN 0 ELSE allowance END)
+            sum(CASE WHEN state IN ('done', 'failed', '{TAKEN_OVER}') THEN cost WHEN state = 'reserved' THEN 0
+            ELSE allowance END)
             FROM attempt WHERE {where} GROUP BY model, state, currency ORDER BY model"""
         with self._file.use("read") as connection:
             rows = connection.execute(query, list(given.values())).fetchall()
@@ -277,6 +289,7 @@ class Ledger:
 
     def runs(self) -> list[RunSummary]:
         """Summarise every run, oldest first."""
+        self.check_calls()
         query = """SELECT run, min(created_at), max(coalesce(finished_at, created_at)) FROM attempt
             GROUP BY run ORDER BY 2, 1"""
         with self._file.use("read") as connection:
@@ -504,20 +517,18 @@ class Ledger:
             insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
             connection.executemany(insert, [(*row, row[0]) for row in rows])
             touched = 0
-            columns = f"finished_at = ?, {USAGE_COLUMNS.replace(',', ' = ?,')} = ?"
             if done:
-                query = f"""UPDATE attempt SET state = 'done', {columns}, cost = coalesce(?, allowance)
-                    WHERE id = ? AND key = ?"""
+                query = change("id = ?8 AND key = ?9", **_FINISHED)
                 touched += connection.executemany(query, done).rowcount
             if more:
-                query = f"UPDATE attempt SET state = 'done', {columns}, cost = coalesce(?, allowance) WHERE id = ?"
+                query = change("id = ?8", **_FINISHED)
                 touched += connection.executemany(query, more).rowcount
             for state, when, one, numbers in lost:
                 found = connection.execute("SELECT key FROM attempt WHERE id = ?", (one.attempt,)).fetchone()
                 error = self._vault.seal_error(printable(one.error), found[0]) if found else None
-                query = f"UPDATE attempt SET state = ?, error = ?, {columns}, cost = ? WHERE id = ?"
-                touched += connection.execute(query, (state, error, when, *numbers)).rowcount
-            query = "UPDATE attempt SET error = NULL WHERE id = ? AND state = 'sent'"
+                query = change("id = ?8", **_FINISHED | {"cost": "?7", "state": "?9", "error": "?10"})
+                touched += connection.execute(query, (when, *numbers, state, error)).rowcount
+            query = change("id = ?1 AND state = 'sent'", error="NULL")
             connection.executemany(query, [(number,) for number in left])
             marked = 0
             while with_space and marked < len(leaving) and self._leave(connection, leaving[marked]):
@@ -611,13 +622,41 @@ class Ledger:
             costs = [(n, cost(Usage(*used)), cost(Usage(most, most))) for n, most, *used in rows]
             dearest = max((amount for _, amount, _ in costs), default=0)
             connection.executemany(
-                "UPDATE attempt SET cost = ?, allowance = ?, currency = ? WHERE id = ?",
+                change("id = ?4", cost="?1", allowance="?2", currency="?3"),
                 [(amount, max(dearest, most), currency, n) for n, amount, most in costs],
             )
 
         self._file.commit("written", work)
 
     # -- damage
+
+    def check_calls(self) -> int:
+        """Set aside calls that do not match their own hash; what they counted against limits stays counted.
+
+        Returns
+        -------
+        int
+            How many were found just now; they are also warned of, once per ledger object.
+        """
+        with self._file.use("read") as connection:
+            seen = (connection.execute("PRAGMA data_version").fetchone()[0], connection.total_changes)
+            if seen == self._checked:
+                return 0
+            if not connection.execute(f"SELECT 1 FROM attempt WHERE {DAMAGED} LIMIT 1").fetchone():
+                self._checked = seen
+                return 0
+        with self._file.use("repaired", write=True) as connection:
+            moved = set_aside(connection)
+        self.quarantined += moved
+        if moved and not self._warned_of_calls:
+            self._warned_of_calls = True
+            warnings.warn(
+                f"{moved} calls in {self.path} do not match their own hash and were set aside; limits go on counting what"
+                " they counted. Check the disk.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return moved
 
     def _set_aside(self, rowids: list[int]) -> int:
         moved = 0

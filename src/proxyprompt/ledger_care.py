@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ._ledger_calls import DAMAGED, TAKEN_OVER
 from ._ledger_rows import PICO, intact
 from ._ledger_schema import RESPONSE_COLUMNS, SUMS, USAGE_COLUMNS
 from .errors import InputError, LedgerCorruptError
@@ -37,7 +39,7 @@ class Verification:
     Attributes
     ----------
     answers, calls, quarantined : int
-        Rows looked at; damaged answers that were set aside earlier.
+        Rows looked at; damaged answers and calls that were set aside earlier.
     damage : tuple of Damage
     """
 
@@ -71,7 +73,7 @@ def verify(ledger: Ledger) -> Verification:
     Returns
     -------
     Verification
-        Nothing is changed: a damaged answer is set aside when it is next asked for.
+        Nothing is changed: a damaged answer is set aside when it is next asked for, a damaged call when calls are counted.
     """
     damage: list[Damage] = []
     with ledger.transaction() as connection:
@@ -84,12 +86,20 @@ def verify(ledger: Ledger) -> Verification:
             problem = _problem(ledger, row)
             if problem:
                 damage.append(Damage("response", rowid, problem))
+        broken = connection.execute(f"SELECT id FROM attempt WHERE {DAMAGED}").fetchall()
+        damage += [Damage("attempt", number, "does not match its own hash") for (number,) in broken]
+        set_aside = connection.execute("SELECT count(*) FROM attempt_quarantine").fetchone()[0]
         kept = "SELECT run, role, state, currency, calls, tokens, money FROM spent WHERE calls OR tokens OR money"
         counted = {row[:4]: row[4:] for row in connection.execute(SUMS) if any(row[4:])}
-        if {row[:4]: row[4:] for row in connection.execute(kept)} != counted:
+        sums = {row[:4]: row[4:] for row in connection.execute(kept)}
+        # Calls that are set aside are still in the sums, and what is damaged cannot be added up.
+        least = set_aside and all(
+            all(map(operator.le, numbers, sums.get(name, (0, 0, 0)))) for name, numbers in counted.items()
+        )
+        if not broken and not least and sums != counted:
             damage.append(Damage("spent", 0, "the sums of calls, tokens and money do not match the calls"))
         calls = connection.execute("SELECT count(*) FROM attempt").fetchone()[0]
-        quarantined = connection.execute("SELECT count(*) FROM quarantine").fetchone()[0]
+        quarantined = set_aside + connection.execute("SELECT count(*) FROM quarantine").fetchone()[0]
     return Verification(answers, calls, quarantined, tuple(damage))
 
 
@@ -127,6 +137,7 @@ def export_rows(ledger: Ledger, *, run: str | None = None) -> Iterator[dict[str,
         ``kind`` is ``"answer"`` or ``"call"``. Keys stand as they do in the file. Names of machines and numbers of
         processes are left out. A row that is damaged is left out; :func:`verify` names it.
     """
+    ledger.check_calls()
     where, values = ("", ()) if run is None else (" WHERE run = ?", (run,))
     with ledger.transaction() as connection:
         answers = connection.execute(
@@ -167,7 +178,7 @@ def export_rows(ledger: Ledger, *, run: str | None = None) -> Iterator[dict[str,
         most,
         currency,
     ) in calls:
-        amount = cost if about[4] in ("done", "failed") else most
+        amount = cost if about[4] in ("done", "failed", TAKEN_OVER) else most
         yield {
             "kind": "call",
             "key": key.hex(),
@@ -209,7 +220,7 @@ def prune(
     before : float, optional
         All calls older than this, in seconds since 1970.
     quarantine : bool
-        What was set aside as damaged.
+        What was set aside as damaged. Limits no longer count the damaged calls then.
     dry : bool
         Only count.
 
@@ -255,7 +266,9 @@ def prune(
         found = Pruned(
             count(f"SELECT count(*) FROM attempt WHERE {where}", values),
             count(f"SELECT count(*) FROM response WHERE key NOT IN ({kept})", values) if conditions else 0,
-            count("SELECT count(*) FROM quarantine") if quarantine else 0,
+            count("SELECT (SELECT count(*) FROM quarantine) + (SELECT count(*) FROM attempt_quarantine)")
+            if quarantine
+            else 0,
         )
         if dry:
             return found
@@ -266,6 +279,7 @@ def prune(
             ]
             connection.execute(f"DELETE FROM response WHERE key NOT IN ({kept})", values)
             connection.execute(f"DELETE FROM attempt WHERE {where}", values)
+            connection.execute(f"DELETE FROM attempt_quarantine WHERE {where}", values)
             left = {row[0] for row in connection.execute("SELECT DISTINCT run FROM attempt")}
             names = {
                 row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -277,4 +291,7 @@ def prune(
                 )
         if quarantine:
             connection.execute("DELETE FROM quarantine")
+            if connection.execute("DELETE FROM attempt_quarantine").rowcount:
+                connection.execute("DELETE FROM spent")
+                connection.execute(f"INSERT INTO spent {SUMS}")
     return found

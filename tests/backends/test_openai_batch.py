@@ -138,6 +138,7 @@ class TestResuming:
             totals = ledger.totals(run="r")
             # Nothing is counted twice: each request was sent once.
             assert (totals.done, totals.unknown, totals.open) == (6, 0, 0)
+            assert (totals.taken_over, totals.failed) == (5, 0)
             assert LedgerJournal(ledger, "x", []).read() == {}
         assert (len(account.batches), len(account.live)) == (1, calls)
         assert len(account.files) == files + 1  # the output

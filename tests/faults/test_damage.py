@@ -15,6 +15,7 @@ import pytest
 
 from proxyprompt.errors import BackendError, LedgerError
 from proxyprompt.ledger import Ledger
+from proxyprompt.ledger_care import verify
 from proxyprompt.metering import Meter
 
 from .harness import Silent, Workshop, key_of, request_of, same
@@ -124,6 +125,45 @@ def _swap_answers(folder: Path, rng: random.Random) -> None:
             marks = ", ".join(f"{column} = ?" for column in columns)
             connection.execute(f"UPDATE response SET {marks} WHERE key = ?", (*row, key))
     connection.close()
+
+
+def _books(path: Path) -> object:
+    """Totals of all calls, or None where the ledger says that something is wrong with them."""
+    try:
+        with warnings.catch_warnings(), Ledger(path, create=False) as ledger:
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = ledger.totals(), [(one.run, one.totals) for one in ledger.runs()]
+            return None if ledger.quarantined or not verify(ledger).sound else found
+    except LedgerError:
+        return None
+
+
+def test_one_bit_of_the_books(closed: Path, tally: Counter[str], long: bool) -> None:
+    """Flips in the pages that hold calls and their sums: counted as they were, or said to be damaged."""
+    truth = _books(closed / "l.db")
+    assert truth is not None
+    with sqlite3.connect(closed / "l.db") as connection:
+        root, size = connection.execute(
+            "SELECT rootpage, (SELECT page_size FROM pragma_page_size) FROM sqlite_master WHERE name = 'attempt'"
+        ).fetchone()
+        marks = [bytes(row[0]) for row in connection.execute("SELECT sha256 FROM attempt")]
+    connection.close()
+    whole = (closed / "l.db").read_bytes()
+    pages = sorted({whole.index(mark) // size for mark in marks} | {root - 1})
+    rng = random.Random(4)
+    for _ in range(2000 if long else 150):
+        data = bytearray(whole)
+        at = rng.choice(pages) * size * 8 + rng.randrange(size * 8)
+        data[at // 8] ^= 1 << at % 8
+        copy = closed.with_name("books")
+        copy.mkdir(mode=0o700)
+        (copy / "l.db").write_bytes(data)
+        found = _books(copy / "l.db")
+        assert found in (None, truth), "calls, tokens or money changed unnoticed"
+        tally["noticed" if found is None else "no matter"] += 1
+        tally["injected"] += 1
+        shutil.rmtree(copy)
+    assert tally["noticed"] > tally["injected"] / 5
 
 
 def test_one_bit_of_the_file(closed: Path, tally: Counter[str], long: bool) -> None:

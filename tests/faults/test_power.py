@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from proxyprompt._ledger_calls import change, learn_seal
 from proxyprompt.ledger import Ledger
 
 from .harness import BLOCK, RESERVE, Workshop, key_of, numbers
@@ -38,7 +39,8 @@ def _cut(folder: Path, rng: random.Random) -> bool:
             file.truncate(size)
     (folder / "l.db-shm").unlink()  # memory
     with sqlite3.connect(folder / "l.db") as connection:
-        connection.execute("UPDATE attempt SET born = 'another-boot' WHERE state IN ('reserved', 'sent')")
+        learn_seal(connection)
+        connection.execute(change("state IN ('reserved', 'sent')", born="'another-boot'"))
     connection.close()
     return keep < size
 

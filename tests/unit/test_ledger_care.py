@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from proxyprompt._ledger_calls import change, learn_seal
 from proxyprompt.backends.base import ScoreRequest, Usage
 from proxyprompt.cli import main
 from proxyprompt.errors import InputError, LedgerError
@@ -159,7 +160,8 @@ def test_prune_by_day_quarantine_and_backup(tmp_path: Path) -> None:
     (tmp_path / "l.db.schema-1.backup").write_text("old texts")
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE response SET body = 'x' WHERE rowid = 1")
-        connection.execute("UPDATE attempt SET created_at = 1000000000 WHERE id = 2")
+        learn_seal(connection)
+        connection.execute(change("id = 2", created_at="1e9"))
     connection.close()
     with Ledger(path) as ledger, pytest.warns(RuntimeWarning, match="set aside"):
         ledger.lookup(keys)

@@ -1,0 +1,79 @@
+"""Rows of the table ``attempt``: each carries a hash of all its columns, checked whenever it is read or changed."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+
+__all__ = ["CALL_COLUMNS", "DAMAGED", "TAKEN_OVER", "change", "image", "insertion", "learn_seal", "set_aside"]
+
+TAKEN_OVER = "taken over"
+"""State of a call that a later process found under way at the provider, and counts as its own."""
+
+CALL_COLUMNS = (
+    "id", "key", "run", "stage", "role", "model", "state", "host", "pid", "born", "created_at", "finished_at", "error",
+    "estimate", "allowance", "cost", "currency", "prompt_tokens", "completion_tokens", "cached_tokens",
+    "cache_write_tokens", "reasoning_tokens",
+)  # fmt: skip
+"""All but the hash, in the order in which they are hashed."""
+_WHOLE = frozenset({"id", "pid", *CALL_COLUMNS[13:16], *CALL_COLUMNS[17:]})
+"""Whole numbers: tokens and money."""
+
+
+def learn_seal(connection: sqlite3.Connection) -> None:
+    """Teach a connection the function ``seal``: SHA-256 of a blob."""
+    connection.create_function("seal", 1, lambda data: hashlib.sha256(data).digest(), deterministic=True)
+
+
+def image(values: Mapping[str, str] | None = None) -> str:
+    """SQL of all columns as one blob, with expressions in place of some.
+
+    Numbers as they print, the rest as literals, which tell their type; a blob, because damaged text is not always UTF-8.
+    One ``printf``, because joining with ``||`` takes half as long again.
+    """
+    given = {column: column for column in CALL_COLUMNS} | dict(values or {})
+    parts = [given[c] if c in _WHOLE else f"quote({given[c]})" for c in CALL_COLUMNS]
+    return f"CAST(printf('{'|'.join(['%s'] * len(parts))}', {', '.join(parts)}) AS BLOB)"
+
+
+DAMAGED = f"sha256 IS NOT seal({image()})"
+"""Condition on rows that do not match their hash."""
+
+
+def change(where: str, **values: str) -> str:
+    """SQL that sets columns of sound rows to expressions, which may hold numbered parameters, and their hash.
+
+    A damaged row stays as it is: it would be sound ever after, and its sums would be changed by what it never held.
+    """
+    sets = ", ".join(f"{column} = {value}" for column, value in values.items())
+    return f"UPDATE attempt SET {sets}, sha256 = seal({image(values)}) WHERE {where} AND sha256 = seal({image()})"
+
+
+def insertion(columns: Sequence[str]) -> str:
+    """SQL that enters a row with these columns as parameters, in order, and the others empty."""
+    values = dict.fromkeys(CALL_COLUMNS, "0") | {"finished_at": "NULL", "error": "NULL"}
+    values |= {column: f"?{number}" for number, column in enumerate(columns, start=1)}
+    listed = ", ".join(values[column] for column in CALL_COLUMNS)
+    return f"INSERT INTO attempt ({', '.join(CALL_COLUMNS)}, sha256) VALUES ({listed}, seal({image(values)}))"
+
+
+def set_aside(connection: sqlite3.Connection, where: str = "1") -> int:
+    """Inside a transaction: move damaged rows to the quarantine. What they counted against limits stays counted.
+
+    The sums were made when the rows were sound, so they are kept; the rows themselves prove nothing any more.
+    """
+    found = connection.execute(f"SELECT id FROM attempt WHERE ({where}) AND {DAMAGED}").fetchall()
+    if not found:
+        return 0
+    # A row deleted by its damaged key would leave an entry of the index behind.
+    connection.execute("REINDEX attempt")
+    sums = connection.execute("SELECT * FROM spent").fetchall()
+    columns = ", ".join(CALL_COLUMNS)
+    copy = f"INSERT INTO attempt_quarantine SELECT ?, {columns} FROM attempt WHERE id = ?"
+    connection.executemany(copy, [(time.time(), number) for (number,) in found])
+    connection.executemany("DELETE FROM attempt WHERE id = ?", found)
+    connection.execute("DELETE FROM spent")
+    connection.executemany("INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?)", sums)
+    return len(found)

@@ -1,0 +1,213 @@
+"""Rows of calls: a hash of their own, noticed when a bit of them flips; limits that hold all the same; schema 3."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxyprompt._journal import LedgerJournal
+from proxyprompt._ledger_calls import CALL_COLUMNS
+from proxyprompt._ledger_schema import _STEPS
+from proxyprompt.backends.base import Usage
+from proxyprompt.errors import BudgetExceededError, LedgerError
+from proxyprompt.ledger import PICO, Answer, Failure, Ledger, Limits
+from proxyprompt.ledger_care import export_rows, prune, verify
+
+N = 12
+
+
+def key_of(number: int) -> str:
+    return f"{number:064x}"
+
+
+def fill(path: Path) -> list[int]:
+    """Calls in every state, with tokens and money; the first half done."""
+    with Ledger(path) as ledger:
+        keys = [key_of(n) for n in range(N)]
+        ids = ledger.reserve(
+            keys, run="r", stage="s", role="target", model="m", currency="USD",
+            tokens=[50] * N, money=[PICO] * N,
+        )  # fmt: skip
+        ledger.mark_sent(ids[: N - 1])
+        half = N // 2
+        ledger.record(
+            [
+                Answer(i, k, "{}", Usage(10, 2, 1), cost=PICO // 2)
+                for i, k in zip(ids[:half], keys, strict=False)
+            ],
+            [Failure(ids[half], "no é", Usage(3, 0), 7), Failure(ids[half + 1], "lost", uncertain=True)],
+        )
+        ledger.release(ids)
+    return ids
+
+
+def flip(path: Path, row: int, column: str, rng: random.Random) -> bool:
+    """Flip one bit of the value as it lies in the record; whether the value can be written back."""
+    with sqlite3.connect(path) as connection:
+        connection.text_factory = bytes
+        query = f"SELECT CAST({column} AS BLOB), typeof({column}) FROM attempt WHERE id = ?"
+        value, kind = connection.execute(query, (row,)).fetchone()
+        if kind == b"null":
+            return False
+        if kind == b"integer":
+            change: Any = int(value) ^ 1 << rng.randrange(40)
+            sql = "?"
+        else:
+            data = bytearray(value)
+            at = rng.randrange(8 * len(data)) if data else 0
+            if not data:
+                return False
+            data[at // 8] ^= 1 << at % 8
+            change, sql = (
+                bytes(data),
+                {b"text": "CAST(? AS TEXT)", b"real": "CAST(CAST(? AS TEXT) AS REAL)"}.get(kind, "?"),
+            )
+        connection.execute("DROP TRIGGER attempt_on")  # a disk does not count
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(f"UPDATE attempt SET {column} = {sql} WHERE id = ?", (change, row))
+        changed = connection.execute(query, (row if column != "id" else change,)).fetchone()
+    connection.close()
+    return bool(changed != (value, kind))
+
+
+@pytest.mark.parametrize("column", [*CALL_COLUMNS, "sha256"])
+def test_a_flipped_bit_in_any_column_is_noticed(tmp_path: Path, column: str) -> None:
+    rng = random.Random(column)
+    for trial in range(6):
+        path = tmp_path / f"{trial}.db"
+        ids = fill(path)
+        row = rng.choice(ids[: N - 1])
+        with Ledger(path) as ledger:
+            truth = ledger.totals()
+            known = {r["key"]: r for r in export_rows(ledger) if r["kind"] == "call"}
+        if not flip(path, row, column, rng):
+            continue
+        with Ledger(path) as ledger:
+            found = verify(ledger)
+            assert [d.table for d in found.damage if d.table == "attempt"] == ["attempt"]
+            with pytest.warns(RuntimeWarning, match="1 calls in .* were set aside"):
+                totals = ledger.totals(run="r")
+            assert ledger.quarantined == 1
+            assert totals.done + totals.failed + totals.unknown == N - 2
+            assert truth.done + truth.failed + truth.unknown == N - 1
+            for one in export_rows(ledger):
+                assert one["kind"] != "call" or known[one["key"]] == one
+            after = verify(ledger)
+            assert (after.sound, after.quarantined, after.calls) == (True, 1, N - 2)
+            # What it counted against a limit counts on.
+            with pytest.raises(BudgetExceededError):
+                ledger.reserve(
+                    [key_of(99)], run="r", stage="s", role="target", model="m", limits=Limits(max_calls=N - 1)
+                )
+            prune(ledger, quarantine=True)
+            assert verify(ledger).quarantined == 0
+            assert verify(ledger).sound
+
+
+@pytest.mark.parametrize("column", ["state", "allowance", "run", "key", "estimate"])
+def test_a_damaged_call_under_way_is_not_mended_by_what_follows(tmp_path: Path, column: str) -> None:
+    """Its answer is kept, the books say so, and its damaged amounts never reach the sums."""
+    path = tmp_path / "l.db"
+    with Ledger(path) as ledger:
+        terms: dict[str, Any] = {"run": "r", "stage": "s", "role": "target", "model": "m", "currency": "USD"}
+        [call] = ledger.reserve([key_of(0)], tokens=[50], money=[PICO], **terms)
+        ledger.mark_sent([call])
+        assert flip(path, call, column, random.Random(5))
+        with pytest.raises(LedgerError, match="no matching attempt"):
+            ledger.record([Answer(call, key_of(0), "{}", Usage(10, 2), cost=PICO // 2)])
+        assert ledger.lookup([key_of(0)])
+        ledger.release([call])
+        limits = Limits(max_money=1)
+        with pytest.raises(BudgetExceededError, match="has spent or set aside 1 USD"):
+            ledger.reserve([key_of(1)], tokens=[50], money=[1], limits=limits, **terms)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with Ledger(path) as ledger:
+            ledger.totals()
+            assert verify(ledger).sound
+            assert verify(ledger).quarantined == 1
+            # Nobody waits for it.
+            assert ledger.claim([key_of(2), key_of(0)], **terms).held == (1,)
+
+
+def test_a_damaged_call_of_somebody_else_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    terms: dict[str, Any] = {"run": "r", "stage": "s", "role": "target", "model": "m"}
+    with Ledger(path) as one, Ledger(path) as other:
+        [call] = one.reserve([key_of(0)], **terms)
+        assert other.claim([key_of(0)], **terms).held == (0,)
+        assert flip(path, call, "host", random.Random(1))
+        assert list(other.claim([key_of(0)], **terms).attempts) == [0]
+        with pytest.raises(LedgerError, match="Only 0 of the 1 attempts"):
+            one.mark_sent([call])
+
+
+def second_schema(path: Path) -> None:
+    """A ledger of schema 2 with a call that a later process had continued."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        for statement in (*_STEPS[1], *_STEPS[2]):
+            connection.execute(statement)
+        connection.execute("INSERT INTO meta VALUES ('store', CAST('full' AS BLOB))")
+        for number, (state, error, cost, allowance) in enumerate(
+            [
+                ("done", None, 5, 9),
+                ("failed", "continued by a later process, which counts it", 0, 9),
+                ("failed", "HTTP 500", 0, 9),
+                ("unknown", None, 0, 9),
+            ]
+        ):
+            connection.execute(
+                """INSERT INTO attempt (key, run, stage, role, model, state, host, pid, created_at, error, estimate,
+                cost, allowance, currency, prompt_tokens)
+                VALUES (?, 'r', 's', 'target', 'm', ?, 'h', 1, 5, ?, 30, ?, ?, 'USD', ?)""",
+                (bytes.fromhex(key_of(number)), state, error, cost, allowance, 7 if state == "done" else 0),
+            )
+        connection.execute("DELETE FROM attempt WHERE id = 5")
+        connection.execute("UPDATE sqlite_sequence SET seq = 40 WHERE name = 'attempt'")
+        connection.execute("PRAGMA application_id = 1347439665")
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    path.chmod(0o600)
+
+
+def test_calls_of_the_second_schema_get_their_hash(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    second_schema(path)
+    for _ in range(2):
+        with Ledger(path) as ledger:
+            totals = ledger.totals(run="r")
+            counts = (totals.done, totals.failed, totals.unknown, totals.taken_over, totals.open)
+            assert counts == (1, 1, 1, 1, 0)
+            assert totals.money["USD"] * PICO == 5 + 9
+            assert (verify(ledger).sound, ledger.quarantined) == (True, 0)
+    assert [p.name for p in tmp_path.glob("*.backup*")] == ["l.db.schema-2.backup"]
+    with Ledger(path) as ledger:
+        [number] = ledger.reserve([key_of(9)], run="r", stage="s", role="target", model="m")
+        assert number == 41, "numbers of calls are not used again"
+
+
+def test_what_is_taken_over_counts_where_it_is_collected(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    terms: dict[str, Any] = {"stage": "s", "role": "target", "model": "m", "currency": "USD"}
+    with Ledger(path) as ledger:
+        [first] = ledger.reserve([key_of(0)], run="r", tokens=[50], money=[PICO], **terms)
+        ledger.mark_sent([first])
+        ledger.release([first])
+        assert ledger.totals().money == {"USD": 1}
+        LedgerJournal(ledger, "o", [key_of(0)]).take_over([0])
+        assert (ledger.totals().taken_over, ledger.totals().unknown, ledger.totals().money) == (1, 0, {})
+        limits = Limits(max_calls=1, max_tokens=50, max_money=1)
+        [again] = ledger.reserve([key_of(0)], run="r", tokens=[50], money=[PICO], limits=limits, **terms)
+        ledger.mark_sent([again], limits=limits)
+        ledger.record([Answer(again, key_of(0), "{}", Usage(10, 2), cost=PICO // 2)])
+        totals = ledger.totals(run="r")
+        assert (totals.done, totals.taken_over, totals.failed, totals.unknown) == (1, 1, 0, 0)
+        assert (totals.prompt_tokens, totals.money) == (10, {"USD": PICO // 2 / PICO})
+        assert [r["state"] for r in export_rows(ledger) if r["kind"] == "call"] == ["taken over", "done"]
+        assert verify(ledger).sound
