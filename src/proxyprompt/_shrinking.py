@@ -301,10 +301,15 @@ def _unit_tokens(run: Running, explained: Explained) -> NDArray[np.float64]:
     known = tokens > 0
     x = np.column_stack([np.ones(int(known.sum())), coalitions[known]])
     if np.linalg.matrix_rank(x) <= run.prompt.n_units:
+        what = (
+            f"the token counts that {run.target.backend.name} reported do not say how long each demonstration is"
+            if known.any()
+            else f"{run.target.backend.name} reports no token counts"
+        )
         raise InputError(
-            f"per={run.settings.per!r}, max_tokens={run.settings.max_tokens}: the token counts that"
-            f" {run.target.backend.name} reported do not say how long each demonstration is.",
-            hint="Use per = 'demonstration' and max_demonstrations; with leave_one_out and verify, verify = 'all'.",
+            f"per={run.settings.per!r}, max_tokens={run.settings.max_tokens}: {what}.",
+            hint="Use per = 'demonstration' and max_demonstrations"
+            + ("; with verify, verify = 'all'." if known.any() else "."),
         )
     fitted = np.linalg.lstsq(x, tokens[known].astype(np.float64), rcond=None)[0][1:]
     counts: NDArray[np.float64] = np.maximum(fitted, 1.0)

@@ -194,9 +194,13 @@ def test_an_accepted_proxy_is_trusted_to_stop_earlier_and_two_propose_together(t
 
 
 def test_the_second_run_buys_nothing_and_per_token_paths_find_their_counts(tmp_path: Path) -> None:
-    first = run(tmp_path, [Model("proxy")], clean=False, max_evaluations=2)
+    first = run(tmp_path, [Model("proxy")], clean=False, max_evaluations=2, per="token")
+    assert first.shrinking.unit_tokens is not None
+    assert (
+        np.ptp(first.shrinking.unit_tokens) < 2.5
+    )  # "demo 3; left" or "demo 12; right": five or six words and signs
     target = Model("target")
-    again = run(tmp_path, [Model("proxy")], target, clean=False, max_evaluations=2)
+    again = run(tmp_path, [Model("proxy")], target, clean=False, max_evaluations=2, per="token")
     assert target.asked == 0
     assert build_artifact(again).body["verification"] == build_artifact(first).body["verification"]
 
