@@ -7,6 +7,9 @@ is. Ratios are of runs next to each other in time; intervals are t intervals of 
 the backend away: threads that each mark a call as sent, wait, and record the answer, so that every call waits for the
 disk twice.
 
+The command is run ahead of other work on the machine (``chrt -r 1``) where there is some: an arm that waits for a processor
+measures that.
+
     python benchmarks/ledger/run.py            # about ten minutes; writes results.json and results.md beside itself
 """
 
@@ -26,6 +29,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,9 +42,12 @@ from proxyprompt.ledger import Answer, request_key
 from proxyprompt.metering import Meter
 
 HERE = Path(__file__).parent
-CASES = [(16, 100, 24), (16, 300, 10), (16, 1000, 5), (64, 300, 10), (64, 1000, 5)]
-REPEATS = 8
-T_975 = 2.365  # of Student's t with REPEATS - 1 degrees of freedom
+CASES = [(16, 100, 16), (16, 300, 10), (16, 1000, 4), (64, 300, 10), (64, 1000, 4)]
+SLOW_DISK = [(16, 100, 16), (16, 300, 10), (64, 300, 10)]
+SLOW_SECONDS = 0.01
+THREADS = [(16, 300, 8), (64, 300, 8)]
+REPEATS = 6
+T_975 = 2.571  # of Student's t with REPEATS - 1 degrees of freedom
 ARMS = ("none", "unflushed", "durable")
 BODY = json.dumps(
     {
@@ -88,11 +95,11 @@ def _server(seconds: float, port: Any) -> None:
 
 
 class Counts:
-    """Counts the transactions of a ledger and its waits for the disk; ``flush=False`` leaves the latter out."""
+    """Counts the transactions of a ledger and its flushes; ``flush=False`` leaves these out, ``longer`` lengthens them."""
 
-    def __init__(self, ledger: Ledger | None, *, flush: bool = True) -> None:
+    def __init__(self, ledger: Ledger | None, *, flush: bool = True, longer: float = 0.0) -> None:
         self.transactions = self.flushes = 0
-        self._flush = flush
+        self._flush, self._longer = flush, longer
         if ledger is not None:
             with ledger._file.use("read") as connection:
                 connection.set_trace_callback(self._see)
@@ -112,6 +119,7 @@ class Counts:
         self.flushes += 1
         if self._flush:
             self._real(handle)
+            time.sleep(self._longer)
 
 
 class Load:
@@ -139,7 +147,9 @@ def _requests(n: int, what: str) -> list[ScoreRequest]:
     return [ScoreRequest(f"{what} {i} " + "few-shot prompt " * 75, (" a", " b")) for i in range(n)]
 
 
-def through_the_backend(calls_in_flight: int, milliseconds: int, rounds: int, folder: Path) -> dict[str, Any]:
+def through_the_backend(
+    calls_in_flight: int, milliseconds: int, rounds: int, folder: Path, longer: float = 0.0
+) -> dict[str, Any]:
     """Wall seconds of the arms, taking turns."""
     port = multiprocessing.Value("i", 0)
     process = multiprocessing.Process(target=_server, args=(milliseconds / 1000, port), daemon=True)
@@ -158,10 +168,10 @@ def through_the_backend(calls_in_flight: int, milliseconds: int, rounds: int, fo
         for repeat in range(REPEATS):
             for arm in ARMS[repeat % 3 :] + ARMS[: repeat % 3]:
                 requests = _requests(n, f"{repeat} {arm}")
-                path = folder / f"{calls_in_flight}-{milliseconds}-{repeat}-{arm}.db"
+                path = folder / f"{longer}-{calls_in_flight}-{milliseconds}-{repeat}-{arm}.db"
                 ledger = None if arm == "none" else Ledger(path)
                 meter = Meter(backend, ledger, role="target", run="r")
-                with Counts(ledger, flush=arm == "durable") as counts:
+                with Counts(ledger, flush=arm == "durable", longer=longer) as counts:
                     started = time.perf_counter()
                     results = meter.score(requests, stage="s")
                     seconds[arm].append(time.perf_counter() - started)
@@ -285,10 +295,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure, print, write."""
     os.environ.setdefault("OPENAI_API_KEY", "none")
-    measure: list[tuple[str, Callable[[int, int, int, Path], dict[str, Any]]]] = [
-        ("backend", through_the_backend),
-        ("threads", by_threads),
+    measure: list[tuple[str, Callable[[int, int, int, Path], dict[str, Any]], list[tuple[int, int, int]]]] = [
+        ("backend", through_the_backend, CASES),
+        ("slow_disk", partial(through_the_backend, longer=SLOW_SECONDS), SLOW_DISK),
+        ("threads", by_threads, THREADS),
     ]
+    first = hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) == os.SCHED_RR
     results: dict[str, Any] = {
         "command": "python benchmarks/ledger/run.py",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -298,14 +310,15 @@ def main() -> None:
             "sqlite": sqlite3.sqlite_version,
             "openai": metadata.version("openai"),
         },
+        "scheduled_first": first,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results["flush_ms"] = _flush_milliseconds(folder)
-        for kind, function in measure:
+        for kind, function, cases in measure:
             results[kind] = []
-            for case in CASES:
+            for case in cases:
                 results[kind].append(function(*case, folder))
                 print(kind, results[kind][-1], flush=True)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -313,7 +326,8 @@ def main() -> None:
     text = [
         "# What durability costs",
         "",
-        f"`{results['command']}`, {results['date']}, {versions}; {results['hardware']}.",
+        f"`{results['command']}`, {results['date']}, {versions}; {results['hardware']}"
+        + (", ahead of other work (`chrt -r 1`)." if results["scheduled_first"] else "."),
         f"Marking one call as sent, with its wait for the disk, took {results['flush_ms']} ms.",
         "",
         f"{REPEATS} runs of each arm, taking turns; seconds are medians, ratios are geometric means of pairs with 95 %"
@@ -327,6 +341,10 @@ def main() -> None:
         " on the disk earlier. So the disk is waited for at the beginning and at the end of a batch, and in between only"
         " when more answers come at once than calls are marked ahead (here the first rounds, as a server with a fixed time"
         " answers in bursts).",
+        "",
+        f"The same with {1000 * SLOW_SECONDS:g} ms more for each flush, as on a slow or busy disk:",
+        "",
+        *_table(results["slow_disk"]),
         "",
         "Threads that mark, wait and record, without backend and network; each call waits for the disk twice:",
         "",

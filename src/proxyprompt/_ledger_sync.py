@@ -124,10 +124,10 @@ class DiskSync:
         except OSError:
             return  # no log: all of it is in the database
         with self._turn:
-            if not state.st_size or state.st_mtime < self._checked - _CLOCK_STEP:
+            quiet = self._committed <= self._synced and state.st_mtime < self._checked - _CLOCK_STEP
+            if quiet or not state.st_size:
                 return
             next_one = self._begun + 1  # one under way may have begun before
-
         while not self._wait_or_flush(lambda: self._finished >= next_one or self._reached(math.inf)):
             pass
 

@@ -21,7 +21,7 @@ from typing import Any
 from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, mark, taken
 from ._ledger_calls import DAMAGED, TAKEN_OVER, change, set_aside
 from ._ledger_file import LedgerFile
-from ._ledger_owners import drop_attempts, settle_dead
+from ._ledger_owners import AHEAD, drop_attempts, settle_dead
 from ._ledger_rows import (
     PICO,
     Answer,
@@ -115,8 +115,8 @@ class Ledger:
     process, shared by its threads: SQLite admits one writer at a time anyway, and threads that write at the same
     moment share one commit. A commit hands its pages to the kernel, so that they survive the process; one flush to the
     disk then serves all who wait, while others go on writing (see ``_ledger_sync``). Before a fork every connection
-    must be closed (see ``_ledger_file``). A file of an
-    older schema is copied to ``PATH.schema-N.backup`` and brought up to date in one transaction.
+    must be closed (see ``_ledger_file``). A file of an older schema is copied to ``PATH.schema-N.backup`` and brought
+    up to date in one transaction.
     """
 
     def __init__(
@@ -598,7 +598,14 @@ class Ledger:
 
     def release(self, ids: Sequence[int]) -> None:
         """Give up calls: those not sent vanish, those sent become ``unknown``, finished ones stay."""
-        self._file.commit("written", lambda c: drop_attempts(c, "id = ?", [(i,) for i in ids]))
+        values = [(number,) for number in ids]
+
+        def work(connection: sqlite3.Connection) -> None:
+            query = f"DELETE FROM attempt WHERE id = ? AND state = 'sent' AND error = '{AHEAD}'"
+            connection.executemany(query, values)
+            drop_attempts(connection, "id = ?", values)
+
+        self._file.commit("written", work)
 
     def price_earlier(
         self, run: str, role: CallRole, model: str, currency: str, cost: Callable[[Usage], int]

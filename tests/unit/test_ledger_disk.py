@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from proxyprompt import _ledger_sync
+from proxyprompt._ledger_owners import birth_of
 from proxyprompt.backends.base import ScoreRequest, ScoreResult, announce_soon, may_leave
 from proxyprompt.errors import LedgerError
-from proxyprompt.ledger import Answer, Ledger, request_key
+from proxyprompt.ledger import Answer, Leaving, Ledger, request_key
 from proxyprompt.metering import Meter
 
 COMMON: Any = {"run": "r", "stage": "s", "role": "target", "model": "m"}
@@ -204,3 +206,27 @@ def test_what_is_marked_ahead_leaves_while_the_disk_is_busy_and_nothing_else_doe
     assert handed[-1] == 8
     assert ledger.totals().done == 8
     assert _states(ledger) == {"done": 8}
+
+
+def test_what_is_marked_ahead_counts_by_who_died(tmp_path: Path) -> None:
+    """Given up: never made. Its process gone: never made. The machine gone: nobody knows, so it is spent."""
+    path = tmp_path / "l.db"
+    with Ledger(path) as ledger:
+        ids = ledger.reserve(keys_of(4), **COMMON)
+        ticket, marked = ledger.write((), leaving=[Leaving(ids[:3], ahead=True)])
+        assert marked == 1
+        ledger.wait_for_disk(ticket)
+        ledger.release(ids[:1])
+        assert _states(ledger) == {"sent": 2, "reserved": 1}
+        ledger.write((), left=ids[1:2])  # this one leaves
+        copies = []
+        for name, boot in (("killed", birth_of(os.getpid()).split("/")[0]), ("cut", "another")):
+            copies.append(tmp_path / f"{name}.db")
+            with ledger._file.use("read") as connection:
+                connection.execute("VACUUM INTO ?", (str(copies[-1]),))
+            with sqlite3.connect(copies[-1]) as other:
+                other.execute("UPDATE attempt SET pid = 999999999, born = ?", (f"{boot}/1",))
+            other.close()
+    for copy, left in zip(copies, ({"unknown": 1}, {"unknown": 2}), strict=True):
+        with Ledger(copy) as ledger:
+            assert _states(ledger) == left
