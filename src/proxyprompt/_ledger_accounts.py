@@ -143,7 +143,8 @@ def mark(
 ) -> list[int]:
     """Mark attempts as sent, with these amounts if they are ``given``, and enter repetitions; see ``Ledger.mark_sent``."""
     query = "SELECT run, stage, role, model, currency, key FROM attempt WHERE id = ?"
-    rows = [connection.execute(query, (number,)).fetchone() for number in (*ids[:1], *again)]
+    first = ids[:1] if limits is not None and limits.any else ()
+    rows = [connection.execute(query, (number,)).fetchone() for number in (*first, *again)]
     if rows and rows[0] is not None:
         check_room(connection, limits, rows[0][0], amounts, rows[0][4], planned=False)
     sets = {"state": "'sent'"} | ({"estimate": "?2", "allowance": "?3"} if given else {})
@@ -157,6 +158,6 @@ def mark(
             hint="Send each attempt once, after reserve() and before release().",
         )
     more = []
-    for row, amount in zip(rows[len(ids[:1]) :], amounts[len(ids) :], strict=True):
+    for row, amount in zip(rows[len(first) :], amounts[len(ids) :], strict=True):
         more += enter(connection, [(row[5], amount)], row[:4], "sent", row[4])
     return more

@@ -41,6 +41,7 @@ _PRAGMAS = ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL"
 # Once the file is open, commits are flushed by DiskSync, and by SQLite only when the log is folded in.
 _WRITING = ("synchronous = NORMAL", "checkpoint_fullfsync = ON")
 _SPARE_BYTES = 4 * 2**20
+_SPACE_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -59,13 +60,14 @@ class LedgerFile:
         self._create = create
         self._first_meta = first_meta
         self._lock = threading.RLock()
-        wal = self.path.with_name(self.path.name + "-wal")
-        self.disk = DiskSync(wal, lambda error: self._explained("flushed to the disk", error))
+        self._wal = self.path.with_name(self.path.name + "-wal")
+        self.disk = DiskSync(self._wal, lambda error: self._explained("flushed to the disk", error))
         self._commits = CommitQueue(self.use, self._explained, self._lock, self.disk.ticket)
         self._connection: sqlite3.Connection | None = None
         self._presence: int | None = None
         self._closed = False
         self._fold_at = _FOLD_BYTES
+        self._space, self._space_until = False, 0.0
         _LIVE.add(self)
         with self.use("opened"):
             pass
@@ -93,11 +95,15 @@ class LedgerFile:
         return result, ticket
 
     def has_space(self) -> bool:
-        """Whether :meth:`require_space` would go on."""
-        try:
-            return self._free() >= _SPARE_BYTES
-        except LedgerError:
-            return False
+        """Whether :meth:`require_space` would go on, by a look a moment ago."""
+        now = time.monotonic()
+        if now >= self._space_until:
+            try:
+                self._space = self._free() >= _SPARE_BYTES
+            except LedgerError:
+                self._space = False
+            self._space_until = now + _SPACE_SECONDS
+        return self._space
 
     def _free(self) -> int:
         if not hasattr(os, "statvfs"):
@@ -331,8 +337,12 @@ class LedgerFile:
 
     def fold_wal(self) -> None:
         """Fold a large WAL in, if nobody else has the file open (see _WAL_RESET_DEFECT)."""
-        wal = self.path.with_name(self.path.name + "-wal")
-        if not _WAL_RESET_DEFECT or not wal.exists() or wal.stat().st_size < self._fold_at:
+        if not _WAL_RESET_DEFECT:
+            return
+        try:
+            if os.stat(self._wal).st_size < self._fold_at:
+                return
+        except FileNotFoundError:
             return
         with self.use("folded") as connection:
             connection.execute("PRAGMA busy_timeout = 0")

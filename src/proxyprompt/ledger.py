@@ -515,7 +515,8 @@ class Ledger:
             marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
             absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
             insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
-            connection.executemany(insert, [(*row, row[0]) for row in rows])
+            if rows:
+                connection.executemany(insert, [(*row, row[0]) for row in rows])
             touched = 0
             if done:
                 query = change("id = ?8 AND key = ?9", **_FINISHED)
@@ -528,8 +529,9 @@ class Ledger:
                 error = self._vault.seal_error(printable(one.error), found[0]) if found else None
                 query = change("id = ?8", **_FINISHED | {"cost": "?7", "state": "?9", "error": "?10"})
                 touched += connection.execute(query, (when, *numbers, state, error)).rowcount
-            query = change("id = ?1 AND state = 'sent'", error="NULL")
-            connection.executemany(query, [(number,) for number in left])
+            if left:
+                query = change("id = ?1 AND state = 'sent'", error="NULL")
+                connection.executemany(query, [(number,) for number in left])
             marked = 0
             while with_space and marked < len(leaving) and self._leave(connection, leaving[marked]):
                 marked += 1
@@ -566,7 +568,10 @@ class Ledger:
         self._file.disk.through(ticket)
 
     def _leave(self, connection: sqlite3.Connection, leaving: Leaving) -> bool:
-        connection.execute("SAVEPOINT leaving")
+        # Each statement gives up the interpreter, which a busy event loop is slow to hand back: none that is not needed.
+        may_not_fit = leaving.limits is not None and leaving.limits.any
+        if may_not_fit:
+            connection.execute("SAVEPOINT leaving")
         given = leaving.tokens is not None or leaving.money is not None
         amounts = amounts_of(len(leaving.ids), leaving.tokens, leaving.money, "ids")
         try:
@@ -581,10 +586,12 @@ class Ledger:
                 ahead=leaving.ahead,
             )
         except ProxyPromptError:
-            connection.execute("ROLLBACK TO leaving")
+            if may_not_fit:
+                connection.execute("ROLLBACK TO leaving")
             return False
         finally:
-            connection.execute("RELEASE leaving")
+            if may_not_fit:
+                connection.execute("RELEASE leaving")
         return True
 
     def withdraw(self, ids: Sequence[int]) -> None:

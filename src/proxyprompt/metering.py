@@ -140,6 +140,7 @@ class Meter:
         self._price = price
         self._patience = patience
         self._lock = threading.Lock()
+        self._plans = isinstance(backend, Planner)
         self._counts: dict[str, dict[str, Any]] = {}
         self._had: set[str] = set()
         self._bytes = self._prompt_tokens = 0
@@ -483,7 +484,7 @@ class Meter:
 
     def _learn(self, request: ScoreRequest | GenerateRequest, usage: Usage) -> None:
         """Keep in mind how many tokens a byte makes, and whether a bound was too low."""
-        if isinstance(self.backend, Planner) or not usage.prompt_tokens:
+        if self._plans or not usage.prompt_tokens:
             return
         most = most_tokens(request.prompt)
         with self._lock:

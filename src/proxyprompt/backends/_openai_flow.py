@@ -43,9 +43,9 @@ def _reserve(width: int) -> int:
     """Calls marked ahead of their turn, so that a free place is taken at once and not after the disk.
 
     What comes back while a mark waits for the disk, which takes one flush to two: at 100 ms an answer and 6 ms a flush
-    an eighth of the calls in flight at most, and more where answers come in bursts.
+    an eighth of the calls in flight at most, and more where answers come in bursts, as they do at first.
     """
-    return max(1, width // 4)
+    return max(1, width // 2)
 
 
 class Flow:
