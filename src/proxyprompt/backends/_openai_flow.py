@@ -45,7 +45,7 @@ def _reserve(width: int) -> int:
     What comes back while a mark waits for the disk, which takes one flush to two: at 100 ms an answer and 6 ms a flush
     an eighth of the calls in flight at most, and more where answers come in bursts, as they do at first.
     """
-    return max(1, width // 2)
+    return max(1, width // 4)
 
 
 class Flow:
