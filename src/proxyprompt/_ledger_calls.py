@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sqlite3
 import time
@@ -42,6 +43,7 @@ DAMAGED = f"sha256 IS NOT seal({image()})"
 """Condition on rows that do not match their hash."""
 
 
+@functools.cache
 def change(where: str, **values: str) -> str:
     """SQL that sets columns of sound rows to expressions, which may hold numbered parameters, and their hash.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from proxyprompt import _ledger_sync
+from proxyprompt._ledger_calls import change, learn_seal
 from proxyprompt._ledger_owners import birth_of
 from proxyprompt.backends.base import ScoreRequest, ScoreResult, announce_soon, may_leave
 from proxyprompt.errors import LedgerError
@@ -225,7 +226,8 @@ def test_what_is_marked_ahead_counts_by_who_died(tmp_path: Path) -> None:
             with ledger._file.use("read") as connection:
                 connection.execute("VACUUM INTO ?", (str(copies[-1]),))
             with sqlite3.connect(copies[-1]) as other:
-                other.execute("UPDATE attempt SET pid = 999999999, born = ?", (f"{boot}/1",))
+                learn_seal(other)
+                other.execute(change("id > 0", pid="999999999", born=f"'{boot}/1'"))
             other.close()
     for copy, left in zip(copies, ({"unknown": 1}, {"unknown": 2}), strict=True):
         with Ledger(copy) as ledger:
