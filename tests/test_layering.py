@@ -67,6 +67,7 @@ LEVEL: dict[str, float] = {
     "_run": 14,
     "models": 14,
     "_cost_reduction": 17,
+    "_oracle_size": 14.5,
     "_explaining": 15,
     "_shrinking": 15,
     "_verify_stage": 15.5,

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ._oracle_size import coalitions_within, fit_oracle, proxies_fit, screen_within
 from ._run import Run
 from .attribution import KernelSHAP, WeightedBanzhaf
 from .attribution.allocation import Allocation, allocate
@@ -105,6 +106,11 @@ def screen_proxies(run: Run) -> Screening | None:
     design, judges = rows
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
+    queries, cut = screen_within(run, design.n_coalitions + len(judges))
+    if cut:
+        run.most_screened = len(queries)
+        run.notes.append(cut)
+        run.watch.note(cut)
     run.watch.note(screening_plan(run, len(judges)).text)
 
     def ask(meter: Meter) -> Callable[[Sequence[Query], NDArray[np.bool_]], Values]:
@@ -113,7 +119,7 @@ def screen_proxies(run: Run) -> Screening | None:
     screening = screen(
         ask(run.target),
         {name: ask(meter) for name, meter in run.proxies.items()},
-        run.splits["explain"],
+        queries,
         explainer=run.explainer,
         design=design,
         judge_coalitions=judges,
@@ -157,7 +163,7 @@ def screening_plan(run: Run, n_judge: int) -> ScreeningPlan:
     """What the screen of this run can find, and which candidates it asks at all."""
     s = run.settings
     return plan_screen(
-        len(run.splits["explain"]),
+        len(run.splits["explain"]) if run.most_screened is None else run.most_screened,
         len(run.proxies) + _with_ensemble(run),
         method=_rule(run),
         on=s.screening_on,
@@ -313,10 +319,14 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
     name = run.target.backend.name
     bought = list(screening.queries_bought) if screening is not None else []
     queries = oracle_queries(run.splits["explain"], bought, s.oracle_queries)
-    run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
     design = (
         screening.design if screening is not None else run.explainer.design(n, s.n_fit(n), rng=run.rng(1))
     )
+    queries, design, cut = fit_oracle(run, queries, design)
+    run.watch.stage("attribute", f"{name} explains itself on {len(queries)} queries")
+    if cut:
+        run.notes.append(cut)
+        run.watch.note(cut)
     values = run.evaluate(run.target, queries, "attribute", design.coalitions)
     values.require_complete(f"attribution by {name}")
     attribution, calibration = run.explainer.fit(design, values.utility), None
@@ -337,7 +347,7 @@ def _by_target(run: Run, screening: Screening | None) -> Explanation:
             " itself."
         )
         calibration = _calibrate(run, queries, design, values.utility)
-        more = _allocate(run, calibration or attribution, design, values, len(queries))
+        more = _allocate(run, calibration or attribution, design, values, queries)
         if more is not None and more.calls:
             design = _longer(run, design, more.n_target)
             values = run.evaluate(run.target, queries, "attribute", design.coalitions)
@@ -370,7 +380,7 @@ def _allocate(
     first: CalibratedAttribution | Attribution,
     design: Design,
     values: Values,
-    n_queries: int,
+    queries: Sequence[Query],
 ) -> Allocation | None:
     """What more the target is asked for, if an error, calls or money were named."""
     s = run.settings
@@ -391,10 +401,15 @@ def _allocate(
             )
         tokens = float(values.prompt_tokens[values.prompt_tokens > 0].mean())
         price = float(bill_call(Call(tokens), run.target_price.at(tokens) or run.target_price.rates).total)
+    largest, name = coalitions_within(run, queries, run.wide, design.n_coalitions)
+    if name:
+        run.notes.append(
+            f"To stay within {name}, the target is asked for no more than {largest} coalitions a query."
+        )
     return allocate(
         first,
-        n_queries=n_queries,
-        largest=run.wide.n_coalitions,
+        n_queries=len(queries),
+        largest=largest,
         standard_error=s.attribution_error,
         calls=s.attribution_calls,
         money=s.attribution_money,
@@ -425,6 +440,11 @@ def _calibrate(
 ) -> CalibratedAttribution | None:
     """Target attributions with the proxies' help; ``None`` when they are of none, or cannot say."""
     if run.wide is None or not run.proxies or design.exact:
+        return None
+    if not proxies_fit(run, queries, design, run.wide):
+        run.notes.append(
+            "The budget leaves too little to ask the proxies for more coalitions; the target's attributions are its own."
+        )
         return None
     values = [
         run.evaluate(meter, queries, "attribute", run.wide.coalitions) for meter in run.proxies.values()

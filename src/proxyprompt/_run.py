@@ -91,6 +91,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     wide: Design | None = None
     target_price: Price | None = None
+    most_screened: int | None = None
     asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

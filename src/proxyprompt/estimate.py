@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._explaining import noise_repeats, oracle_queries, screening_plan, screening_rows
+from ._oracle_size import KEPT, later_calls
 from ._request_keys import RequestKeys
 from ._run import Run, Silent
 from ._screening_noise import noise_queries
@@ -41,9 +42,7 @@ __all__ = ["Bounds", "RunEstimate", "StageEstimate", "estimate_run"]
 
 # Guesses for the expected numbers only; no bound depends on them.
 _AGREE = 0.7  # share of queries on which a proxy predicts what the target predicts
-_SUSPECT = 0.15  # share of demonstrations that become suspects
 _MEASURED = 0.7  # share of the demonstrations that verification measures
-_KEPT = 0.6  # share of the demonstrations in a prompt of a later stage
 _SAMPLE = 48
 
 
@@ -286,13 +285,19 @@ class _Model:
         left = [size for key, size in wanted.items() if key not in known]
         return _Load(len(left), sum(left))
 
+    def least_money(self) -> float:
+        """What a call with the shortest prompt costs at least."""
+        assert self.price is not None
+        tokens = self._zero * self._ratios[0]
+        return float(tokens * float((self.price.at(tokens) or self.price.rates).input) / 1e6)
+
     def any_rows(self, split: str, calls: float) -> _Load:
         """So many calls with prompts up to the longest."""
         return _Load(calls, calls * self._sizes[split][0])
 
     def usual_rows(self, split: str, calls: float) -> _Load:
         """So many calls with prompts of a usual length."""
-        return _Load(calls, calls * (_KEPT * self._sizes[split][1] + (1 - _KEPT) * self._zero))
+        return _Load(calls, calls * (KEPT * self._sizes[split][1] + (1 - KEPT) * self._zero))
 
     def _count_tokens(self, rows: tuple[Design, NDArray[np.bool_]] | None) -> None:
         """Tokens per byte: low, expected, high; and what a server adds to each prompt at most."""
@@ -449,21 +454,46 @@ class _Plan:
                 return None
             rows = self.rows[0] if self.of_target or run.wide is None else run.wide
             exact = self.model.fresh(asked_first, rows.coalitions)
-            return _Work(exact, exact, exact)
+            likely, most_more = self.further(len(asked_first), fitted)
+            return _Work(
+                exact,
+                exact + self.model.usual_rows("explain", likely),
+                exact + self.model.any_rows("explain", most_more),
+            )
         if self.of_target:
             # A proxy explains: the full prompt everywhere. None does: what the screen has not bought of so many queries.
             asked = min(len(queries), s.oracle_queries or 30)
             unbought = max(0.0, asked - _AGREE * len(queries))
+            # The screen may have bought more queries than these, and further coalitions are asked for all of them.
+            likely, most_more = self.further(s.oracle_queries or max(len(queries), 1), fitted)
             high, expected = self.left(
-                "attribute", "explain", max(asked * fitted, len(queries)), unbought * fitted
+                "attribute",
+                "explain",
+                max(asked * fitted, len(queries)) + most_more,
+                unbought * fitted + likely,
             )
-            most = self.model.fresh(queries, np.vstack([self.rows[0].coalitions, self.model.full]))
+            rows = run.wide if most_more and run.wide is not None else self.rows[0]
+            most = self.model.fresh(queries, np.vstack([rows.coalitions, self.model.full]))
             return _Work(high=min(high, most, key=lambda x: x.calls), expected=expected)
         wide = run.wide.n_coalitions if run.wide is not None else 0
         accepted = len(queries) * (1 + s.n_proxy(n))
         usual = _AGREE * len(queries) * max(0, wide - fitted)
         high, expected = self.left("attribute", "explain", max(accepted, len(queries) * wide), usual)
         return _Work(high=high, expected=expected)
+
+    def further(self, n_queries: int, fitted: int) -> tuple[float, float]:
+        """Expected and most target calls for further coalitions, where an error, calls or money were named for them."""
+        s, wide = self.run.settings, self.run.wide
+        named = (s.attribution_error, s.attribution_calls, s.attribution_money)
+        if not self.of_target or wide is None or named == (None, None, None):
+            return 0.0, 0.0
+        most = float(n_queries * (wide.n_coalitions - fitted))
+        if s.attribution_calls is not None:
+            most = min(most, s.attribution_calls)
+        if s.attribution_money is not None and self.model.price is not None:
+            most = min(most, s.attribution_money / max(self.model.least_money(), 1e-12))
+        # Limits alone are spent; for an error it is seen after a first fit.
+        return (most if s.attribution_error is None else most / 2), most
 
     @property
     def unscreened(self) -> bool:
@@ -517,18 +547,17 @@ class _Plan:
             return _Work(high=self.left("clean", "explain", again, 0)[0])
         suspects = min(n - len(run.protected), rounds * s.max_suspects)
         high = select * (2 * suspects + 2 * min(rounds, suspects) + 5)
-        few = min(s.max_suspects, ceil(_SUSPECT * n))
-        expected: float = select * (2 * few + 2)
+        expected = later_calls(run)["clean"]
         if rounds > 1:
             fitted = self.rows[0].n_coalitions if self.rows is not None else s.n_fit(n)
             high += fitted * explain // 2 if s.reexplain_calls is None else s.reexplain_calls
         own = own_queries(run.prompt, run.task)
         doubts = _Load()
         if own is not None and s.clean_prior == "zero_shot":
-            high, expected = high + n, expected + n
+            high += n
             doubts = self.model.fresh(own, self.model.empty)
         if own is not None and s.relabel == "propose":
-            high, expected = high + n + explain + select, expected + n + explain + select
+            high += n + explain + select
         longest = (
             "explain"
             if self.model.any_rows("explain", 1).bytes > self.model.any_rows("select", 1).bytes
@@ -546,11 +575,9 @@ class _Plan:
             return _Work(high=self.left("compress", "explain", orders * explain, 0)[0])
         # Both ends and the empty prompt, the points of the path, the cap, three prompts of two swaps.
         high = select * (3 + s.max_evaluations + 1 + 3)
-        expected = select * (3 + 0.5 * s.max_evaluations)
         if orders:
             high += orders * ceil(select / 4) + 2 * select
-            expected += orders * select / 4
-        most, usual = self.left("compress", "select", high, expected)
+        most, usual = self.left("compress", "select", high, later_calls(self.run)["compress"])
         return _Work(self.model.fresh(self.run.splits["select"], self.model.empty), usual, most)
 
     def certify(self) -> _Work | None:
@@ -559,7 +586,7 @@ class _Plan:
             return None
         # The full prompt, at most four nested candidates, and one in another order.
         prompts = 6 if s.orders else 5
-        most, usual = self.left("certify", "sealed", prompts * len(sealed), 3 * len(sealed))
+        most, usual = self.left("certify", "sealed", prompts * len(sealed), later_calls(self.run)["certify"])
         full = self.model.fresh(sealed, self.model.full)
         if certificate_method(s, self.run.task) == "betting":
             block = s.certificate_block or max(10, ceil(len(sealed) / 4))
@@ -597,6 +624,14 @@ def _notes(
             so_far = totals.money.get(currency, Decimal(0)) if totals is not None else Decimal(0)
             if bounds.high:
                 yield from _against(f"{name} ({currency})", Decimal(str(limit)), bounds, so_far)
+    if any(
+        x is not None
+        for x in (settings.attribution_error, settings.attribution_calls, settings.attribution_money)
+    ):
+        yield (
+            "Further coalitions for [attribution] error, calls or money are in the upper bound of attribute, as many as"
+            " these settings and the proxies' design allow; how many there will be is seen after a first fit."
+        )
     yield "Retries, and further samples of the same request, are in no bound."
 
 

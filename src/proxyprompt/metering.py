@@ -171,6 +171,33 @@ class Meter:
             )
 
     @property
+    def limits(self) -> Limits | None:
+        """What bounds the calls of this run."""
+        return self._limits
+
+    @property
+    def price(self) -> Price | None:
+        """What the model charges, if that is known."""
+        return self._price
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether calls are billed as batches."""
+        return bool(getattr(self.backend, "batch", False))
+
+    def recorded(
+        self, requests: Sequence[ScoreRequest] | Sequence[GenerateRequest], *, repeat: int = 0
+    ) -> list[bool]:
+        """Which requests the ledger answers; asks nothing."""
+        if self.ledger is None or not requests:
+            return [False] * len(requests)
+        kind = GENERATE.name if isinstance(requests[0], GenerateRequest) else SCORE.name
+        maker = RequestKeys(self.backend.identity, kind, {}, repeat)
+        keys = [maker.key(request) for request in requests]
+        known = self.ledger.lookup(dict.fromkeys(keys))
+        return [key in known for key in keys]
+
+    @property
     def stats(self) -> MeterStats:
         """What this meter has asked so far, overall and ``by_stage``."""
         with self._lock:
@@ -459,10 +486,6 @@ class Meter:
         completion = most_completion(request, self.backend)
         return prompt + completion, self._amount(prompt, completion)
 
-    @property
-    def _in_batch(self) -> bool:
-        return bool(getattr(self.backend, "batch", False))
-
     def _amount(self, prompt_tokens: int, completion_tokens: int) -> int:
         if self._price is None:
             return 0
@@ -474,12 +497,12 @@ class Meter:
             )
         else:
             price = self._price
-        return _picos(call_bound(prompt_tokens, completion_tokens, price, batch=self._in_batch))
+        return _picos(call_bound(prompt_tokens, completion_tokens, price, batch=self.in_batch))
 
     def _cost(self, usage: Usage) -> int | None:
         if self._price is None:
             return None
-        cost = call_cost(usage, self._price, batch=self._in_batch)
+        cost = call_cost(usage, self._price, batch=self.in_batch)
         return None if cost is None else _picos(cost)
 
     def _learn(self, request: ScoreRequest | GenerateRequest, usage: Usage) -> None:

@@ -486,7 +486,7 @@ def _screening(result: Result) -> dict[str, Any] | None:
                 "members": list(p.members),
                 "n_seen": p.n_seen,
                 "target_pairs": p.target_pairs,
-                "money": spent and float(spent * p.target_pairs / s.target_pairs),
+                "money": float(spent * p.target_pairs / s.target_pairs) if spent and s.target_pairs else None,
                 "currency": currency,
                 "rank_correlation": p.rank_correlation,
                 "own_rank_correlation": p.own_rank_correlation,

@@ -136,6 +136,17 @@ class PromptValueFunction:
         """
         return evaluate_together([self], [coalitions])[0]
 
+    def recorded(self, coalitions: BoolMatrix) -> BoolMatrix:
+        """Which values are in the ledger, shape ``(n_coalitions, n_queries)``; asks nothing."""
+        matrix = self._checked(coalitions)
+        asked: list[ScoreRequest] | list[GenerateRequest]
+        if isinstance(self.task, TextTask):
+            asked = self._generate_requests(matrix, self.task)
+        else:
+            asked = self._score_requests(matrix, self.task)
+        known = self.meter.recorded(asked, repeat=self.repeat)
+        return np.array(known, dtype=np.bool_).reshape(len(matrix), len(self.queries))
+
     def _checked(self, coalitions: BoolMatrix) -> BoolMatrix:
         matrix = np.asarray(coalitions)
         if matrix.dtype != np.bool_ or matrix.ndim != 2 or matrix.shape[1] != self.prompt.n_units:

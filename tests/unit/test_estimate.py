@@ -153,6 +153,9 @@ CASES: list[dict[str, Any]] = [
     {"n": 8, "noise": 3.0, "screening_method": "paper", "max_pairs": 12},
     {"n": 9, "same": True, "proxies": 0},
     {"n": 8, "text": True},
+    {"n": 8, "explain": 14, "attribution_error": 0.01},  # not screened; as many coalitions as there are
+    {"n": 8, "noise": 3.0, "attribution_calls": 300},
+    {"n": 8, "noise": 3.0, "attribution_money": 0.02, "attribution_error": 0.02},
     {"n": 8, "proxies": 2, "explain": 10},  # too few queries to screen any proxy
     {"n": 10, "verify": "harmful", "screening_method": "off"},
     {"n": 10, "verify": "all", "proxies": 2},  # screened too
@@ -243,10 +246,10 @@ def test_local_models_are_free_and_the_ledger_s_counts_are_used(tmp_path: Path) 
     before = estimate_run(few_shot, task, parts, target=target, settings=settings)
     assert before.counting == {"target": "an estimate from bytes"}
     with Ledger(tmp_path / "l.db") as ledger:
-        half = Settings(**{**settings.to_dict(), "budget_calls": 24 * 24})
-        with pytest.raises(BudgetExceededError):
-            optimize_prompt(few_shot, task, parts, target=target, settings=half, ledger=ledger)
-        after = estimate_run(few_shot, task, parts, target=target, settings=settings, ledger=ledger)
+        within = Settings(**{**settings.to_dict(), "budget_calls": 900})
+        optimize_prompt(few_shot, task, parts, target=target, settings=within, ledger=ledger)
+        more = splits(24, 20, 31)
+        after = estimate_run(few_shot, task, more, target=target, settings=settings, ledger=ledger)
     assert after.counting == {"target": "what it reported for prompts in the ledger"}
     tokens = {s.stage: s.prompt_tokens for s in after.stages}
     wide = {s.stage: s.prompt_tokens for s in before.stages}
