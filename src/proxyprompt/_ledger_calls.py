@@ -8,7 +8,17 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 
-__all__ = ["CALL_COLUMNS", "DAMAGED", "TAKEN_OVER", "change", "image", "insertion", "learn_seal", "set_aside"]
+__all__ = [
+    "CALL_COLUMNS",
+    "DAMAGED",
+    "TAKEN_OVER",
+    "change",
+    "image",
+    "insertion",
+    "interrupted",
+    "learn_seal",
+    "set_aside",
+]
 
 TAKEN_OVER = "taken over"
 """State of a call that a later process found under way at the provider, and counts as its own."""
@@ -26,6 +36,11 @@ _WHOLE = frozenset({"id", "pid", *CALL_COLUMNS[13:16], *CALL_COLUMNS[17:]})
 def learn_seal(connection: sqlite3.Connection) -> None:
     """Teach a connection the function ``seal``: SHA-256 of a blob."""
     connection.create_function("seal", 1, lambda data: hashlib.sha256(data).digest(), deterministic=True)
+
+
+def interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C came while SQLite was in ``seal``: it makes an error of its own of that; nothing else fails there."""
+    return isinstance(error, sqlite3.OperationalError) and "user-defined function raised" in str(error)
 
 
 def image(values: Mapping[str, str] | None = None) -> str:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from ._ledger_calls import interrupted
 from .errors import ProxyPromptError
 
 __all__ = ["CommitQueue", "Job"]
@@ -145,6 +146,8 @@ class CommitQueue:
         try:
             job.result = job.work(connection)
         except Exception as error:
+            if interrupted(error):
+                raise KeyboardInterrupt from None
             # A full disk and the like end the transaction for all.
             if alone or not connection.in_transaction:
                 raise

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ._ledger_calls import learn_seal
+from ._ledger_calls import interrupted, learn_seal
 from ._ledger_commit import CommitQueue, Job
 from ._ledger_owners import settle_dead
 from ._ledger_schema import APPLICATION_ID, SCHEMA, create_tables, migrate, pragma
@@ -151,6 +151,8 @@ class LedgerFile:
                     connection.execute("COMMIT")
                     self.disk.through(ticket)
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
+                if interrupted(error):
+                    raise KeyboardInterrupt from None
                 raise self._explained(action, error) from error
             finally:
                 if self._connection is not None and self._connection.in_transaction:

@@ -125,6 +125,10 @@ class Announcer:
         """These leave after the block that comes next, in this order."""
         self._purchase.soon(indices)
 
+    def unsent(self, indices: Sequence[int]) -> None:
+        """These were announced and did not leave."""
+        self._purchase.unsent(indices)
+
     def ready(self, index: int) -> bool:
         """Whether a request could leave now without waiting for the disk."""
         return self._purchase.ready(index)
@@ -165,6 +169,7 @@ class Purchase(Generic[Q, A]):
         self._soon: list[int] = []
         self._foresighted = False  # whether the backend says what leaves next
         self._ahead: dict[int, _Mark] = {}  # marked as sent before they are announced
+        self._unsent: set[int] = set()
         self._open = True
         self.results: dict[int, A] = {}
 
@@ -252,6 +257,13 @@ class Purchase(Generic[Q, A]):
         with self._lock:
             self._soon = [index for index in named if index not in self._sent]
             self._foresighted = True
+
+    def unsent(self, indices: Sequence[int]) -> None:
+        """Remember what was announced and did not leave; see :func:`~proxyprompt.backends.base.announce_unsent`."""
+        named = [self._require(index) for index in indices]
+        with self._lock:
+            # A second call for the same request may only follow on one that was made.
+            self._unsent.update(index for index in named if len(self._attempts[index]) == 1)
 
     def _most(self, indices: Sequence[int]) -> tuple[list[int] | None, list[int] | None]:
         """Most tokens and money of each request, if anything is set aside."""
@@ -354,7 +366,7 @@ class Purchase(Generic[Q, A]):
         with self._lock:
             self._open = False
             left = [n for index, ids in enumerate(self._attempts) if index not in self.results for n in ids]
-            unsent = [self._attempts[index][0] for index in self._ahead]
+            unsent = [self._attempts[index][0] for index in {*self._ahead, *self._unsent}]
         if self._ledger is not None and left:
             # On the way out of another error: that one matters more, and opening the ledger again repairs it.
             with suppress(LedgerError):

@@ -180,7 +180,7 @@ class TestResuming:
             "Meter(b, ledger, role='target', run='r').score(REQUESTS, stage='s')\n"
         )
         root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root / "src"), str(root)])
+        path = os.pathsep.join(map(str, [root / "src", root, root / "tests" / "support"]))
         child = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "l.sqlite"), account.url],
             env={**os.environ, "PYTHONPATH": path},

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,6 +18,8 @@ import pytest
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest, ScoreResult, Usage
 from proxyprompt.backends.openai import OpenAIBackend
 from proxyprompt.errors import BackendError, RetryableBackendError
+from proxyprompt.ledger import Ledger
+from proxyprompt.metering import Meter
 
 from .contract import check_generate_result, check_score_result, in_order
 from .scripted_server import Reply, Scripted, scripted_server
@@ -355,6 +358,45 @@ class TestFaults:
             got.extend(pair for block in blocks for pair in block)
         answered = {index: result.error is None for index, result in got}
         assert (answered, sorted(sent)) == ({0: True, 1: True, 2: False}, [0, 1, 2])
+
+    def test_what_was_announced_and_did_not_leave_vanishes_from_the_books(
+        self, server: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ctrl-C after calls were announced together and two handed over, which may or may not have left."""
+        server.replies = [scores()]
+        asking = backend(server, concurrency=8)
+        submit, handed = asking._connection.submit, 0
+
+        def cut(work: Any) -> Any:
+            nonlocal handed
+            handed += 1
+            if handed == 3:
+                work.close()
+                raise KeyboardInterrupt
+            return submit(work)
+
+        with Ledger(tmp_path / "l.db") as ledger:
+            meter = Meter(asking, ledger, role="target", run="r")
+            meter.score([ScoreRequest("known", LABELS)], stage="s")
+            monkeypatch.setattr(asking._connection, "submit", cut)
+            with pytest.raises(KeyboardInterrupt):
+                meter.score([ScoreRequest(str(k), LABELS) for k in range(9)], stage="s")
+            totals = ledger.totals()
+            # The one that was being handed over may have left, for all that anybody knows.
+            assert (totals.failed, totals.unknown, totals.open) == (0, 1, 0)
+            assert totals.done == len(server.requests) <= 3
+
+    def test_a_stopped_run_sends_no_call_that_has_not_left(self, server: Scripted, tmp_path: Path) -> None:
+        """Calls that wait for a thread when another one is refused for good."""
+        server.reply = lambda body: fault(401) if body["prompt"] != "known" else scores()
+        with openai.OpenAI(base_url=server.url, api_key="any") as client, Ledger(tmp_path / "l.db") as ledger:
+            meter = Meter(OpenAIBackend("m", client=client), ledger, role="target", run="r")
+            meter.score([ScoreRequest("known", LABELS)], stage="s")
+            with pytest.raises(BackendError, match="HTTP 401"):
+                meter.score([ScoreRequest(str(k), LABELS) for k in range(9)], stage="s")
+            totals = ledger.totals()
+            assert (totals.done, totals.unknown, totals.open) == (1, 0, 0)
+            assert totals.failed == len(server.requests) - 1
 
     def test_a_spent_budget_delivers_what_is_in_flight(self, server: Scripted) -> None:
         server.replies = [scores()]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sqlite3
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from proxyprompt import _ledger_calls
 from proxyprompt._journal import LedgerJournal
 from proxyprompt._ledger_calls import CALL_COLUMNS
 from proxyprompt._ledger_schema import _STEPS
@@ -133,6 +136,40 @@ def test_a_damaged_call_under_way_is_not_mended_by_what_follows(tmp_path: Path, 
             assert verify(ledger).quarantined == 1
             # Nobody waits for it.
             assert ledger.claim([key_of(2), key_of(0)], **terms).held == (1,)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_ctrl_c_while_sqlite_asks_for_a_hash_is_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """SQLite turns what is raised there into an error of its own; nothing is written, and the same works again."""
+    asked = 0
+
+    def sha256(data: bytes) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            raise KeyboardInterrupt
+        return hashlib.sha256(data)
+
+    def interruptible(work: Any) -> Any:
+        monkeypatch.setattr(_ledger_calls, "hashlib", SimpleNamespace(sha256=sha256))
+        try:
+            return work()
+        except KeyboardInterrupt:
+            assert verify(ledger).sound
+            return work()
+        finally:
+            monkeypatch.undo()
+
+    with Ledger(tmp_path / "l.db") as ledger:
+        keys = [key_of(0), key_of(1)]
+        ids = interruptible(lambda: ledger.reserve(keys, run="r", stage="s", role="target", model="m"))
+        interruptible(lambda: ledger.mark_sent(ids))
+        interruptible(lambda: ledger.record([Answer(ids[0], keys[0], "{}")]))
+        assert interruptible(ledger.totals).done == 1
+        assert asked >= at
+        assert (ledger.totals().open, ledger.quarantined) == (1, 0)
 
 
 def test_a_damaged_call_of_somebody_else_is_not_waited_for(tmp_path: Path) -> None:

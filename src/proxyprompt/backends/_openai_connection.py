@@ -55,6 +55,10 @@ class CallFailedError(Exception):
     """One call failed for good; becomes ``result.error``."""
 
 
+class UnsentError(Exception):
+    """The run was stopped before this call left; nothing was billed."""
+
+
 class UnsupportedError(CallFailedError):
     """The server does not take a field of the request, or does not have the endpoint; nothing was billed."""
 
@@ -235,7 +239,7 @@ class Connection:
         ``call.uncertain``: the caller settles it with the usage of the answer.
         """
         if call.stopped.is_set() and call.usage == Usage() and not call.uncertain:
-            raise CallFailedError(UNSENT)  # what has cost something already is finished
+            raise UnsentError  # what has cost something already is finished
         call.unsettled += 1
         deadline = time.monotonic() + self._patience.max_wait
         tries = lost = 0
@@ -443,9 +447,6 @@ class Connection:
         key = getattr(self._client, "api_key", None)
         return redact(text, [*([key] if isinstance(key, str) else []), *credentials(self._url)])
 
-
-UNSENT = "not sent: the run was stopped"
-"""Of a request that was announced and did not leave any more."""
 
 OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})
 """Fields that another attempt could do without, or by another name."""

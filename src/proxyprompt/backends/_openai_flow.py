@@ -15,7 +15,7 @@ from proxyprompt.errors import BackendError
 
 from ._openai_asking import failed
 from ._openai_batch import Batches
-from ._openai_connection import UNSENT, Call, Connection
+from ._openai_connection import Call, Connection, UnsentError
 from ._openai_order import Order, flat
 from ._openai_wire import Endpoint
 from .base import (
@@ -26,6 +26,7 @@ from .base import (
     ScoreRequest,
     ScoreResult,
     announce_soon,
+    announce_unsent,
     may_leave,
 )
 
@@ -90,7 +91,7 @@ class Flow:
         stop: BaseException | None = None
         drain_until = math.inf
         try:
-            while (order and stop is None) or flying or unsent:
+            while (order and stop is None) or flying:
                 try:
                     if stop is None:
                         self._top_up(requests, order, flying, known, work, on_send, stopped, unsent)
@@ -102,15 +103,14 @@ class Flow:
                     stop, drain_until = error, time.monotonic() + _DRAIN
                     stopped.set()
                     continue
-                block = [
-                    (index, failed(requests[index], UNSENT, Call(_no_more, stopped))) for index in unsent
-                ]
-                unsent.clear()
+                block: list[tuple[int, _Result]] = []
                 for future in done:
                     index, call = flying.pop(future)
                     order.done(index)
                     try:
                         block.append((index, future.result()))
+                    except UnsentError:
+                        unsent.append(index)
                     except Exception as error:
                         stop = stop or error
                         stopped.set()
@@ -133,6 +133,7 @@ class Flow:
             stopped.set()
             for future in flying:
                 future.cancel()
+            announce_unsent(on_send, unsent)
 
     def batched(
         self,
@@ -287,10 +288,6 @@ class _Turns:
 
 def nobody(indices: Sequence[int]) -> None:
     """No one to tell."""
-
-
-def _no_more() -> None:
-    """A request that did not leave announces nothing."""
 
 
 def _renamed(announce: OnSend, index: int) -> OnSend:

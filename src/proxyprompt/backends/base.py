@@ -218,6 +218,13 @@ def announce_soon(on_send: OnSend | None, indices: Sequence[int]) -> None:
         soon(indices)
 
 
+def announce_unsent(on_send: OnSend | None, indices: Sequence[int]) -> None:
+    """Say that requests that were announced, once, did not leave and will not: they cost nothing and have no result."""
+    unsent = getattr(on_send, "unsent", None)
+    if unsent is not None and indices:
+        unsent(indices)
+
+
 def may_leave(on_send: OnSend | None, index: int) -> bool:
     """Whether a request, announced now, could leave without waiting for the disk."""
     ready = getattr(on_send, "ready", None)
