@@ -114,15 +114,19 @@ def fit_oracle(run: Run, queries: Sequence[Query], design: Design) -> tuple[list
         for n in range(len(wanted), fewest - 1, -1):
             if not new[n - 1] or new[n - 1] + done + _again(run, n, some) <= room.calls:
                 return wanted[:n], some, _said(run, room, (len(wanted), design), (n, some))
-        least = new[fewest - 1] + done + _again(run, fewest, some)
+    # Expected figures may be too high; what later stages ask at the least is certain.
     later = sum(later_calls(run).values())
-    needed = (
-        ceil((least - room.calls) * room.each) if room.unit != "money" else (least - room.calls) * room.each
-    )
+    certain = 2 * (len(run.splits["select"]) + len(run.splits["sealed"]))
+    left = room.calls + max(later - certain, 0)
+    cost = new[fewest - 1] + done
+    if cost <= left:
+        said = _said(run, room, (len(wanted), design), (fewest, some))
+        return wanted[:fewest], some, said + " The budget may not hold all of them." if said else ""
+    needed = ceil((cost - left) * room.each) if room.unit != "money" else (cost - left) * room.each
     raise BudgetExceededError(
-        f"{room.name}: the target's own attributions take {least:.0f} calls or more ({fewest} queries, {some.n_coalitions}"
-        f" coalitions), and {max(room.calls, 0):.0f} are left for them beside the {later:.0f} that cleaning, compression"
-        " and certificate are expected to take; nothing was asked for them.",
+        f"{room.name}: the target's own attributions take {cost:.0f} calls or more ({fewest} queries, {some.n_coalitions}"
+        f" coalitions), and {max(left, 0):.0f} are left for them beside the {certain:.0f} that compression and certificate"
+        " take at the least; nothing was asked for them.",
         hint=f"Raise the limit by {needed:.6g} or more, give fewer select and sealed queries, or a proxy that is accepted.",
     )
 
