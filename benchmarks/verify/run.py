@@ -148,12 +148,18 @@ def replay(
             own.mean, measure, decision="top" if decision == "top" else "all", level=1e-9, **options
         )
         joined = verified_attribution(own, found, full)
+        missed = set(every.named) - set(found.named)
+        bar, beyond = -every.margin, -1.0
+        if decision == "top":
+            bar, beyond = min(every.measured[list(found.named)]) + np.sqrt(2) * every.margin, 1.0
+        clear = [i for i in missed if beyond * every.measured[i] > beyond * bar]
         rows.append(
             {
+                "missed_clear": len(clear),
                 "share": found.oracle_share,
                 "measured": len(found.order),
                 "settled": found.outcome == "settled",
-                "missed": len(set(every.named) - set(found.named)),
+                "missed": len(missed),
                 "named_by_all": len(every.named),
                 "wrong_named": len(set(found.named) & set(wrong)),
                 "rank": spearmanr(joined.mean, oracle.mean).statistic,
@@ -247,12 +253,16 @@ def write(rows: list[dict[str, Any]]) -> None:
         f" attribution {N_QUERIES * N_COALITIONS} ({N_COALITIONS} coalitions). Means over {REPEATS} draws of the audits"
         " (and of the shuffle).",
         "",
+        "The margin is what the rule calls too small to matter: two standard errors of a measurement (of a difference, for"
+        " the top). The rule allows 0.1 units left unmeasured beyond it.",
+        "",
         "Rank correlations with the target's own attribution from all coalitions: of the proxy's estimates, of toggling"
         " every demonstration on the target, and of what verification ends with.",
         "",
         "| set | target ← proxy | question | order | calls, of toggling all | calls, of all coalitions | settled early"
-        " | named by toggling all | of these missed | rank: proxy / all toggled / verified |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | named by toggling all | of these missed | missed by more than the margin"
+        " | rank: proxy / all toggled / verified |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         for decision in ("harmful", "top"):
@@ -272,6 +282,7 @@ def write(rows: list[dict[str, Any]]) -> None:
                             f"{one['settled']:.0%}",
                             f"{one['named_by_all']:.1f}",
                             f"{one['missed']:.2f}",
+                            f"{one['missed_clear']:.2f}",
                             f"{row['rank_proxy'] * {'proxy': 1, 'shuffled': 0, 'inverted': -1}[kind]:.2f} /"
                             f" {row['rank_measured']:.2f} / {one['rank']:.2f}",
                         ]
