@@ -12,18 +12,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from proxyprompt.errors import BackendError, RetryableBackendError
 
 from ._openai_asking import Asker, failed, read_score
 from ._openai_connection import Call, Connection
+from ._openai_jobs import Job, read_jobs
 from ._openai_labels import UnreadableAnswerError, read_texts
 from ._openai_wire import PATHS, Endpoint, read_answer
 from .base import (
-    Evidence,
     GenerateRequest,
     GenerateResult,
     Journal,
@@ -63,55 +63,6 @@ class BatchTerms:
     poll: float = 30.0
     wait: float | None = None
     rounds: int = 3
-
-
-@dataclass
-class Job:
-    """One batch as the journal knows it; ``batch`` is ``None`` until the provider has accepted it."""
-
-    name: str
-    endpoint: Endpoint
-    kind: Literal["score", "generate"]
-    keys: list[str]
-    evidence: Evidence | None = None
-    copies: int = 1
-    file: str | None = None
-    batch: str | None = None
-    created: float = 0.0
-    delivered: list[str] = field(default_factory=list)
-
-    def save(self, journal: Journal) -> None:
-        """Write the entry."""
-        journal.write(self.name, json.dumps(asdict(self), separators=(",", ":")))
-
-    def custom_ids(self, key: str) -> list[str]:
-        """The names of one request's lines; providers take 64 characters."""
-        return [key] if self.copies == 1 else [f"{key[:56]}#{copy}" for copy in range(self.copies)]
-
-    def left(self) -> list[str]:
-        """Keys that have not been handed to a caller yet."""
-        done = set(self.delivered)
-        return [key for key in self.keys if key not in done]
-
-
-def read_jobs(journal: Journal) -> list[Job]:
-    """All jobs of a journal; what cannot be read was written by another version and is an error."""
-    jobs = []
-    for name, entry in journal.read().items():
-        try:
-            jobs.append(Job(**json.loads(entry)))
-        except (ValueError, TypeError) as error:
-            raise BackendError(
-                f"The journal's entry {name!r} is not understood: {error}.",
-                hint="It was written by another version; use that one to collect the batch.",
-            ) from error
-    return jobs
-
-
-def under_way(journal: Journal) -> list[int]:
-    """Indices of the requests of ``journal.keys`` that an earlier process sent and nobody has collected."""
-    pending = {key for job in read_jobs(journal) for key in job.left()}
-    return [index for index, key in enumerate(journal.keys) if key in pending]
 
 
 class Batches(Generic[_Request, _Result]):

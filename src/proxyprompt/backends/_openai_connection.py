@@ -12,8 +12,8 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
 from ._openai_address import PeerCheck, check_address, check_lookup, credentials, one_line, public_url, redact
 from ._openai_faults import classify, read_allowance, retry_after
+from ._openai_loop import Loop
 from ._openai_mixups import Answered
 from ._openai_pace import Pace
 from ._openai_wire import PATHS, read_body
@@ -150,7 +151,7 @@ class Connection:
         self._sdk: Any = None
         self._client: Any = None
         self._response: Any = None
-        self._loop: _Loop | None = None
+        self._loop: Loop | None = None
         self._answered = Answered()
         self._owned: list[Any] = []
         self._pid = 0
@@ -178,7 +179,7 @@ class Connection:
             else:
                 self._client = self._given.with_options(max_retries=0)
             # After a fork the parent's loop does not run here, and its sockets are the parent's.
-            self._loop = _Loop(self._concurrency)
+            self._loop = Loop(self._concurrency)
             self._pid = os.getpid()
             weakref.finalize(self, self._loop.close, self._owned)
 
@@ -450,49 +451,6 @@ class Connection:
 
 OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})
 """Fields that another attempt could do without, or by another name."""
-
-
-class _Loop:
-    """An event loop in a thread of its own."""
-
-    def __init__(self, threads: int) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.threads = ThreadPoolExecutor(threads + 2, thread_name_prefix="proxyprompt-openai-call")
-        self._thread = threading.Thread(
-            target=_run_forever, args=(self.loop,), name="proxyprompt-openai", daemon=True
-        )
-        self._pid = os.getpid()
-        self._thread.start()
-
-    def close(self, clients: Sequence[Any] = ()) -> None:
-        """Cancel what is under way, close ``clients`` and stop."""
-        if self.loop.is_closed() or self._pid != os.getpid():
-            return
-        asyncio.run_coroutine_threadsafe(_wind_up(clients), self.loop)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(5)
-        self.threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
-async def _wind_up(clients: Sequence[Any]) -> None:
-    loop, own = asyncio.get_running_loop(), asyncio.current_task()
-    tasks = [task for task in asyncio.all_tasks(loop) if task is not own]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    try:
-        for client in clients:
-            await client.close()
-    finally:
-        loop.call_soon(loop.stop)
 
 
 async def _sleep(seconds: float, stopped: threading.Event) -> None:

@@ -16,9 +16,10 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from proxyprompt.errors import BackendError, InputError
 
 from ._openai_asking import Asker, Manner, checked_evidence, failed
-from ._openai_batch import Batches, BatchTerms, cancel, under_way
+from ._openai_batch import Batches, BatchTerms, cancel
 from ._openai_connection import Call, CallFailedError, Connection, Patience
 from ._openai_flow import Flow
+from ._openai_jobs import under_way
 from ._openai_labels import UnreadableAnswerError, label_tokens
 from ._openai_pace import Pace
 from ._openai_wire import Endpoint, prompt_fields
