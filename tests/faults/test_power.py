@@ -37,7 +37,7 @@ def _cut(folder: Path, rng: random.Random) -> bool:
         file.truncate(keep)
         if rng.random() < 0.5:  # the file had grown, its pages had not arrived
             file.truncate(size)
-    (folder / "l.db-shm").unlink()  # memory
+    (folder / "l.db-shm").unlink(missing_ok=True)  # memory
     with sqlite3.connect(folder / "l.db") as connection:
         learn_seal(connection)
         connection.execute(change("state IN ('reserved', 'sent')", born="'another-boot'"))
