@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from proxyprompt.backends.base import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, Usage
 from proxyprompt.data import Splits
-from proxyprompt.errors import BudgetExceededError, DataError
+from proxyprompt.errors import BackendError, DataError
 from proxyprompt.estimate import Bounds, RunEstimate, estimate_run
 from proxyprompt.ledger import Ledger
 from proxyprompt.pipeline import optimize_prompt
@@ -53,6 +54,12 @@ class Server:
         self.identity = {"provider": "p", "base_url": "https://example.org/v1", "model": name}
         self.effects = np.random.default_rng(seed).normal(0.1, 0.5, 64)
         self.noise, self.name_seed, self.calls = noise, sum(map(ord, name)), 0
+        self.limit: float = inf
+
+    def keep_within_limit(self, more: int) -> None:
+        """Break down where the next calls would pass the limit."""
+        if self.calls + more > self.limit:
+            raise BackendError("the server went away")
 
     def margin(self, text: str) -> float:
         head, _, query = text.rpartition("\n\n")
@@ -63,6 +70,7 @@ class Server:
         return Usage(round(len(text.encode()) / 4.5) + 3, 1)
 
     def score(self, requests: Sequence[ScoreRequest], *, on_send: Any = None, on_tokens: Any = None) -> Any:
+        self.keep_within_limit(len(requests))
         on_send(range(len(requests)))
         answers = []
         for index, request in enumerate(requests):
@@ -85,6 +93,7 @@ class Server:
     def generate(
         self, requests: Sequence[GenerateRequest], *, on_send: Any = None, on_tokens: Any = None
     ) -> Any:
+        self.keep_within_limit(len(requests))
         on_send(range(len(requests)))
         answers = []
         for index, request in enumerate(requests):
@@ -192,13 +201,13 @@ def test_what_a_run_asks_lies_within_the_bounds_and_what_is_recorded_is_subtract
     assert target.calls == sum(p.calls for p in proxies) == 0
     with Ledger(tmp_path / "l.db") as ledger:
         assert estimate_run(few_shot, task, parts, **common, ledger=ledger) == first
-        # Stopped by a budget in the middle, estimated anew, and finished.
-        half = Settings(**{**settings.to_dict(), "budget_calls": max(1, first.calls().expected // 3)})
-        stopped = False
+        # Stopped in the middle, estimated anew, and finished.
+        target.limit, stopped = max(1, first.calls().expected // 3), False
         try:
-            optimize_prompt(few_shot, task, parts, **{**common, "settings": half}, ledger=ledger)
-        except BudgetExceededError:
+            optimize_prompt(few_shot, task, parts, **common, ledger=ledger)
+        except BackendError:
             stopped = True
+        target.limit = inf
         before = spent(ledger, first.run)
         rest = estimate_run(few_shot, task, parts, **common, ledger=ledger)
         optimize_prompt(few_shot, task, parts, **common, ledger=ledger)
