@@ -30,8 +30,10 @@ def tallies(request: pytest.FixtureRequest) -> Iterator[dict[str, Counter[str]]]
     counts: dict[str, Counter[str]] = {}
     yield counts
     path = request.config.getoption("--faults-tally")
-    if path:
-        Path(path).write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n")
+    if path:  # one file for each process of the run
+        Path(path + os.environ.get("PYTEST_XDIST_WORKER", "")).write_text(
+            json.dumps(counts, indent=1, sort_keys=True) + "\n"
+        )
 
 
 @pytest.fixture
