@@ -2,7 +2,8 @@
 
     python benchmarks/faults/run.py          (or: make faults)
 
-Runs ``tests/faults`` with ``--faults long``, in three processes because most of it waits, and writes ``results.json`` and ``results.md``: what each test injected
+Runs ``tests/faults`` with ``--faults long``, in three processes because most of it waits, and writes
+``results.json`` and ``results.md``: what each test injected
 and saw. A failing test fails the run, and says so in the result.
 """
 

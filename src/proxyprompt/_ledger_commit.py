@@ -63,13 +63,10 @@ class CommitQueue:
         self._lock = lock
         self._ticket = ticket
         self._queue: deque[_Waiting] = deque()
-        self._turn = threading.Condition()
-        self._leading = False
 
     def forget(self) -> None:
         """Drop what waits: after a fork its threads do not exist."""
         self._queue.clear()
-        self._turn, self._leading = threading.Condition(), False
 
     def run(self, action: str, work: Job[T]) -> tuple[T, int]:
         """Run ``work`` in a transaction and return what it returns, or raise what it raises; and the commit's ticket."""
@@ -77,7 +74,12 @@ class CommitQueue:
         self._queue.append(mine)
         try:
             while not mine.done:
-                self._wait_or_lead(mine, action)
+                # A lock entered by "with": no Ctrl-C can come between taking it and the promise to give it back, as it
+                # can where a flag says that somebody commits.
+                with self._lock:
+                    # Those who waited here find that the one before them committed for all.
+                    if not mine.done:
+                        self._commit_queue(action)
         finally:
             if not mine.done:  # interrupted while waiting
                 with suppress(ValueError):
@@ -85,25 +87,6 @@ class CommitQueue:
         if mine.error is not None:
             raise mine.error
         return mine.result, mine.ticket
-
-    def _wait_or_lead(self, mine: _Waiting, action: str) -> None:
-        """Wait until ``mine`` is done, or until nobody leads, and then lead."""
-        leads = False
-        try:
-            with self._turn:
-                while self._leading and not mine.done:
-                    self._turn.wait()
-                if mine.done:
-                    return
-                # In this order: an interruption between the two must not leave a leader that nobody is.
-                leads = self._leading = True
-            with self._lock:
-                self._commit_queue(action)
-        finally:
-            if leads:
-                with self._turn:
-                    self._leading = False
-                    self._turn.notify_all()
 
     def _commit_queue(self, action: str) -> None:
         jobs = [self._queue.popleft() for _ in range(min(len(self._queue), _MOST_JOBS))]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from .errors import ProxyPromptError
@@ -58,9 +60,10 @@ class DiskSync:
 
     def forget(self) -> None:
         """Start anew: after a fork neither the thread nor those who wait exist."""
-        self._turn = threading.Condition()
-        self._committed = self._synced = self._wanted = self._tickets
-        self._flushing = False
+        # Plain locks, entered by "with" only: no Ctrl-C can come between taking one and the promise to give it back.
+        self._state, self._disk = threading.Lock(), threading.Lock()
+        self._wishes: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._committed = self._synced = self._tickets
         self._failed: OSError | None = None
         self._thread: threading.Thread | None = None
         self._close_handle()
@@ -75,12 +78,8 @@ class DiskSync:
         """Of the tickets drawn so far; its commit has been made if nobody holds the connection."""
         return self._tickets
 
-    def reached(self, ticket: int) -> bool:
+    def reached(self, ticket: float) -> bool:
         """Whether a commit is on the disk; raises if it cannot be known to be."""
-        with self._turn:
-            return self._reached(ticket)
-
-    def _reached(self, ticket: float) -> bool:
         if ticket <= self._synced:
             return True
         if self._failed is not None:
@@ -89,20 +88,19 @@ class DiskSync:
 
     def made(self, ticket: int) -> None:
         """A commit has been made: flushes that begin from now on cover it."""
-        with self._turn:
+        with self._state:
             self._committed = max(self._committed, ticket)
 
     def soon(self, ticket: int) -> None:
         """Have a commit flushed by a thread, without waiting for it."""
-        with self._turn:
+        with self._state:
             self._committed = max(self._committed, ticket)
-            self._wanted = max(self._wanted, ticket)
+            self._wishes.put(ticket)
             if self._thread is None:
                 thread = threading.Thread(target=self._serve, name="proxyprompt-ledger", daemon=True)
                 with suppress(RuntimeError):  # no more threads; whoever waits flushes
                     thread.start()
                     self._thread = thread
-            self._turn.notify_all()
 
     def through(self, ticket: int) -> None:
         """Return when a commit, which has been made, is on the disk.
@@ -112,10 +110,8 @@ class DiskSync:
         LedgerError
             If a flush has failed.
         """
-        with self._turn:
-            self._committed = max(self._committed, ticket)
-        while not self._wait_or_flush(lambda: self._reached(ticket)):
-            pass
+        self.made(ticket)
+        self._flush_until(lambda: self.reached(ticket))
 
     def catch_up(self) -> None:
         """Return when whatever can be read of the log by now, also of other processes, is on the disk."""
@@ -123,63 +119,46 @@ class DiskSync:
             state = os.stat(self._path)
         except OSError:
             return  # no log: all of it is in the database
-        with self._turn:
-            quiet = self._committed <= self._synced and state.st_mtime < self._checked - _CLOCK_STEP
-            if quiet or not state.st_size:
-                return
-            next_one = self._begun + 1  # one under way may have begun before
-        while not self._wait_or_flush(lambda: self._finished >= next_one or self._reached(math.inf)):
-            pass
+        quiet = self._committed <= self._synced and state.st_mtime < self._checked - _CLOCK_STEP
+        if quiet or not state.st_size:
+            return
+        next_one = self._begun + 1  # one under way may have begun before
+        self._flush_until(lambda: self._finished >= next_one or self.reached(math.inf))
 
     def close(self) -> None:
         """Give the file back; a flush under way is waited for."""
-        with self._turn:
-            while self._flushing:
-                self._turn.wait()
+        with self._disk:
             self._close_handle()
 
     def _serve(self) -> None:
         while True:
-            with self._turn:
-                while self._wanted <= self._synced:
-                    if not self._turn.wait(_IDLE_SECONDS) and self._wanted <= self._synced:
-                        self._thread = None
-                        return
-                wanted = self._wanted
-            ended = True
             try:
-                with suppress(ProxyPromptError):  # those who wait hear of it
-                    self.through(wanted)
-                    ended = False
-            finally:
-                if ended:
-                    with self._turn:
-                        self._thread = None
-            if ended:
-                return
+                wanted = self._wishes.get(timeout=_IDLE_SECONDS)
+                self._flush_until(partial(self.reached, wanted))
+            except queue.Empty:
+                pass
+            except ProxyPromptError:  # those who wait hear of it
+                break
+            else:
+                continue
+            with self._state:
+                if self._wishes.empty():
+                    self._thread = None
+                    return
+        with self._state:
+            self._thread = None
 
-    def _wait_or_flush(self, enough: Callable[[], bool]) -> bool:
-        """Wait for a flush of somebody else, or make one; whether that was enough."""
-        leads = False
-        try:
-            with self._turn:
-                while self._flushing and not enough():
-                    self._turn.wait()
-                if enough():
-                    return True
-                covered = self._committed
-                # In this order: an interruption between the two must not leave a flush that nobody makes.
-                leads = self._flushing = True
-                self._begun += 1
-            self._flush(covered)
-        finally:
-            if leads:
-                with self._turn:
-                    self._flushing = False
-                    self._turn.notify_all()
-        return False
+    def _flush_until(self, enough: Callable[[], bool]) -> None:
+        """Wait for flushes of others, or make them, until it is enough."""
+        while not enough():
+            with self._disk:
+                # Those who waited here find that the one before them flushed for all.
+                if not enough():
+                    self._flush()
 
-    def _flush(self, covered: int) -> None:
+    def _flush(self) -> None:
+        covered = self._committed
+        self._begun += 1
         number, began = self._begun, time.time()
         try:
             handle = self._opened()
