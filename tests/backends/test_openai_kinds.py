@@ -422,13 +422,17 @@ class TestSafety:
     def test_an_interruption_delivers_what_is_in_flight(
         self, server: Scripted, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        arrived = threading.Semaphore(0)
+
         def reply(body: dict[str, Any]) -> Reply:
+            arrived.release()
             time.sleep(0.1)
             return scores()
 
         server.reply = reply
         model = backend(server, concurrency=4)
         in_order(model.score([ASK]), 1)
+        assert arrived.acquire(timeout=10)
         sent: list[int] = []
         got: list[int] = []
         interrupted = False
@@ -438,6 +442,7 @@ class TestSafety:
             nonlocal interrupted
             if not interrupted and len(sent) == 4:
                 interrupted = True
+                assert all(arrived.acquire(timeout=10) for _ in range(4))  # what has not left is not in flight
                 raise KeyboardInterrupt
             return real(*arguments)
 
