@@ -442,7 +442,9 @@ class TestSafety:
             nonlocal interrupted
             if not interrupted and len(sent) == 4:
                 interrupted = True
-                assert all(arrived.acquire(timeout=10) for _ in range(4))  # what has not left is not in flight
+                assert all(
+                    arrived.acquire(timeout=10) for _ in range(4)
+                )  # what has not left is not in flight
                 raise KeyboardInterrupt
             return real(*arguments)
 
