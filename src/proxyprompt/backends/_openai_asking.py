@@ -135,12 +135,14 @@ class Asker:
         """Send what ``body()`` makes; without a field that the server refuses, again and for good."""
         traits = self.traits(endpoint)
         while True:
+            call.roomy = traits.reasons
             fields = body()
             try:
                 answer = read_answer(await self._connection.post(endpoint, fields, call), endpoint)
             except UnsupportedError as error:
                 # A refusal costs nothing, so what follows is the same announced call.
-                if error.field == "logprobs" or error.field in traits.refused or error.field not in fields:
+                # Another call may have found the same out meanwhile; this one was sent before that.
+                if error.field == "logprobs" or error.field not in fields:
                     raise
                 traits.refused.add(error.field)
             except UnreadableAnswerError as error:
@@ -209,12 +211,12 @@ class Asker:
         most = label_tokens(candidates)
         limit = traits.room.get(candidates, most) if known else most
         while True:
-            answer = await self._for_logprobs(request, endpoint, call, cache_key, limit)
+            answer, greedy = await self._for_logprobs(request, endpoint, call, cache_key, limit)
             path = answer.first.path or ()
             traits.evidence = "logprobs"
             traits.room[candidates] = max(traits.room.get(candidates, 1), positions_needed(path, candidates))
             try:
-                values, censored = read_labels(path, candidates)
+                values, censored = read_labels(path, candidates, greedy=greedy)
             except SharedBeginningError:
                 # The tokens that tell the labels apart were not asked for.
                 if limit >= most or len(path) < limit:
@@ -234,7 +236,8 @@ class Asker:
 
     async def _for_logprobs(
         self, request: ScoreRequest, endpoint: Endpoint, call: Call, cache_key: str | None, limit: int
-    ) -> Answer:
+    ) -> tuple[Answer, bool]:
+        """An answer with log-probabilities, and whether its tokens are the likeliest ones."""
         known = self.traits(endpoint).evidence == "logprobs"
         temperature = 0 if known or self.manner.repeats == 1 else 1  # the text of a first answer may be used
 
@@ -251,7 +254,7 @@ class Asker:
                 raise
             raise NoLogprobsError(str(error)) from None
         if answer.first.path is not None:
-            return answer
+            return answer, temperature == 0 and "temperature" not in self.traits(endpoint).refused
         if answer.first.finish == "content_filter":
             raise UnreadableAnswerError(_WITHHELD)
         if known:
@@ -260,6 +263,8 @@ class Asker:
         if not answer.first.text and answer.first.finish == "stop":
             # The model ended at once, so there was no token to give a log-probability of.
             raise UnreadableAnswerError("the answer is empty")
+        if answer.first.thought:
+            raise NoLogprobsError("the model reasons first, and the log-probabilities are of that", answer)
         raise NoLogprobsError("status 200, but no log-probabilities", answer)
 
     async def _by_decision(self, request: ScoreRequest, endpoint: Endpoint, call: Call) -> ScoreResult:
@@ -327,7 +332,7 @@ class Asker:
                     continue
                 if many and len(answer.choices) == 1:
                     traits.refused.add("n")
-            if self._reasoned_it_all_away(answer, endpoint):
+            if self._reasoned_it_all_away(answer, endpoint, call):
                 answer = None
                 continue
             texts.extend(choice.text for choice in answer.choices)
@@ -337,21 +342,22 @@ class Asker:
             *values, call.usage, None, call.model, call.uncertain, "texts", samples, call.fingerprint
         )
 
-    def _reasoned_it_all_away(self, answer: Answer, endpoint: Endpoint) -> bool:
+    def _reasoned_it_all_away(self, answer: Answer, endpoint: Endpoint, call: Call) -> bool:
         """Whether the tokens were spent before any text came; from then on there is room for reasoning."""
         if endpoint != "chat":
             return False
-        traits = self.traits(endpoint)
         unseen = all(not choice.text for choice in answer.choices)
         cut = any(choice.finish == "length" for choice in answer.choices)
-        if (answer.usage.reasoning_tokens or (unseen and cut)) and not traits.reasons:
-            traits.reasons = True
-            return unseen and cut and self.manner.reasoning_tokens > 0
-        if unseen and cut:
+        if answer.usage.reasoning_tokens or answer.first.thought or (unseen and cut):
+            self.traits(endpoint).reasons = True
+        if not (unseen and cut):
+            return False
+        # What counts is the room that this call had: others in flight may have found out that it is needed.
+        if call.roomy or not self.manner.reasoning_tokens:
             raise UnreadableAnswerError(
                 f"no text within the limit (reasoning_tokens={self.manner.reasoning_tokens}); raise reasoning_tokens"
             )
-        return False
+        return True
 
     # -- texts
 
@@ -361,7 +367,7 @@ class Asker:
         """A text, cut before any stop text."""
         while True:
             answer = await self._send(endpoint, call, lambda: self.text_fields(request, endpoint, cache_key))
-            if not self._reasoned_it_all_away(answer, endpoint):
+            if not self._reasoned_it_all_away(answer, endpoint, call):
                 return self.read_text(request, answer, call)
             await self._again(call)
 
@@ -369,8 +375,10 @@ class Asker:
     def read_text(request: GenerateRequest, answer: Answer, call: Call) -> GenerateResult:
         """What an answer says to a request for text."""
         text, finish = answer.first.text, answer.first.finish
-        if text is None:
+        if text is None or (not text and finish == "length"):
             reason = f"the answer holds no text (finish_reason {finish!r})"
+            if answer.first.refusal:
+                reason = f"the model refused: {answer.first.refusal[:80]!r}"
             return GenerateResult(None, call.usage, reason, answer.model, call.uncertain, answer.fingerprint)
         for mark in filter(None, request.stop):
             text = text.split(mark, 1)[0]  # some servers leave the stop text in

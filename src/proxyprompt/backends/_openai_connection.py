@@ -21,7 +21,7 @@ from proxyprompt._require import require
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
 from ._openai_address import PeerCheck, check_address, check_lookup, credentials, one_line, public_url, redact
-from ._openai_faults import classify, read_allowance, retry_after
+from ._openai_faults import classify, error_name, error_words, read_allowance, retry_after
 from ._openai_loop import Loop
 from ._openai_mixups import Answered
 from ._openai_pace import Pace
@@ -99,6 +99,8 @@ class Call:
     model: str | None = None
     fingerprint: str | None = None
     unsettled: int = 0
+    roomy: bool = False
+    """Whether the last body left room for reasoning."""
 
     @property
     def settled(self) -> bool:
@@ -264,6 +266,11 @@ class Connection:
             except BackendError:
                 call.unsettled -= 1  # of the peer check: nothing was sent
                 raise
+            except UnicodeEncodeError:
+                call.unsettled -= 1  # nothing was sent
+                raise CallFailedError(
+                    "the prompt holds half a surrogate pair, which cannot be sent"
+                ) from None
             except RuntimeError as error:
                 raise self._foreign_loop(error) from error
             except self._sdk.OpenAIError as error:
@@ -319,8 +326,9 @@ class Connection:
             try:
                 return self.submit(self._managed(work)).result()
             except self._sdk.APIStatusError as error:
-                verdict = classify(error.status_code, error.code, error.param, error.message)
-                reason = f"HTTP {error.status_code}: {self.clean(error.message)}"
+                told, code, param = _said(error)
+                verdict = classify(error.status_code, code, param, told)
+                reason = f"HTTP {error.status_code}: {self.clean(told)}"
                 if verdict.fault not in ("retry", "maybe-billed"):
                     raise BackendError(
                         f"{self.model!r} at {self.public_url}: {reason}",
@@ -372,10 +380,9 @@ class Connection:
         self, error: Any, body: Mapping[str, Any], kind: str, sent_at: float
     ) -> tuple[float | None, bool, str]:
         """Pause before the next attempt, whether this one may be billed, and why it failed; or raises."""
-        told = error.body.get("message") if isinstance(error.body, dict) else None
-        told = told if isinstance(told, str) and told else error.message
+        told, code, param = _said(error)
         status, message = error.status_code, self.clean(told)
-        verdict = classify(status, error.code, error.param, told, OPTIONAL & set(body))
+        verdict = classify(status, code, param, told, OPTIONAL & set(body))
         reason = f"HTTP {status}: {message}"
         if kind == "decisions" and status in (400, 403, 404, 405, 422, 501):
             raise UnsupportedError("decisions", reason) from None
@@ -470,6 +477,11 @@ def _response_class(sdk: Any) -> Any:
 
 def _asked_logprobs(body: Mapping[str, Any]) -> Any:
     return body.get("top_logprobs", body.get("logprobs"))
+
+
+def _said(error: Any) -> tuple[str, str | None, str | None]:
+    """Message, code and parameter of an error of the SDK."""
+    return error_words(error.body, error.message), error_name(error.code), error_name(error.param)
 
 
 def _check_client(client: Any) -> None:

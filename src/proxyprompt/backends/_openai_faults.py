@@ -5,6 +5,7 @@ Pure functions over statuses, headers and messages; nothing here opens a connect
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -62,6 +63,8 @@ def classify(
         Fields of the request's body that another attempt could do without.
     """
     text = message.lower()
+    if status == 403 and "logprobs" in optional and _names("logprobs", text, param):
+        return Verdict("unsupported", "logprobs")  # the model may be used, its log-probabilities may not
     if status in (401, 402, 403, 404) or code in _FATAL_CODES or 300 <= status < 400:
         return Verdict("fatal")
     if status in _RETRYABLE:
@@ -89,6 +92,20 @@ def classify(
             if told or (_names(field, text, param) and (field != "max_tokens" or _REFUSALS.search(text))):
                 return Verdict("unsupported", field)
     return Verdict("failed")
+
+
+def error_words(body: object, otherwise: str) -> str:
+    """What an error's body says, whichever dialect it is in; ``body`` is what the SDK made of it."""
+    for key in ("message", "detail", "error"):
+        told = body.get(key) if isinstance(body, dict) else None
+        if told:
+            return told if isinstance(told, str) else json.dumps(told, default=str)
+    return body if isinstance(body, str) and body else otherwise
+
+
+def error_name(value: object) -> str | None:
+    """A ``code`` or ``param`` of an error's body as text; some servers send numbers, lists or objects."""
+    return value if isinstance(value, str) and value else None
 
 
 def _names(field: str, text: str, param: str | None) -> bool:

@@ -66,7 +66,7 @@ class _Found:
     floor: float | None = None
 
 
-def read_labels(path: Sequence[Position], candidates: Sequence[str]) -> Values:
+def read_labels(path: Sequence[Position], candidates: Sequence[str], *, greedy: bool = True) -> Values:
     """Log-probability of each label, and whether it is only an upper bound.
 
     Parameters
@@ -74,6 +74,9 @@ def read_labels(path: Sequence[Position], candidates: Sequence[str]) -> Values:
     path : sequence of Position
         The positions of one answer, from the first; those after the first are used for labels of several tokens.
     candidates : sequence of str
+    greedy : bool
+        Whether the chosen tokens are the likeliest ones (temperature 0). A drawn token may be listed although it is
+        less likely than others that are not, so it bounds nothing.
 
     Raises
     ------
@@ -86,7 +89,8 @@ def read_labels(path: Sequence[Position], candidates: Sequence[str]) -> Values:
         raise UnreadableAnswerError("the server listed no usable log-probability")
     if all(position.chosen is not None and not position.chosen.strip() for position in path):
         raise SharedBeginningError("the answer begins with white space only")
-    found = [_find(path, candidate.strip().encode("utf-8", "surrogatepass")) for candidate in candidates]
+    cores = [candidate.strip().encode("utf-8", "surrogatepass") for candidate in candidates]
+    found = [_find(path, core, greedy) for core in cores]
     values: list[float] = []
     for candidate, one in zip(candidates, found, strict=True):
         bound = _logsumexp(list((one.whole or one.begun).values()) or [one.floor])
@@ -134,7 +138,7 @@ def _without_longer(values: Sequence[float], found: Sequence[_Found]) -> list[fl
     return cleared
 
 
-def _find(path: Sequence[Position], core: bytes) -> _Found:
+def _find(path: Sequence[Position], core: bytes, greedy: bool) -> _Found:
     """Follow one label along the chosen tokens; elsewhere only its next beginning is known."""
     found, rest, before, started = _Found(), core, 0.0, False
     for depth, position in enumerate(path):
@@ -156,9 +160,9 @@ def _find(path: Sequence[Position], core: bytes) -> _Found:
             if not (goes_on and token == chosen):
                 found.begun[depth, token] = _plus(before, mass[token])
         if not goes_on or chosen is None:
-            usable = [value for value in mass.values() if value is not None]
-            if usable:
-                found.floor = before + min(usable)
+            floor = _floor(mass, None if greedy else chosen)
+            if floor is not None:
+                found.floor = before + floor
             return found
         step = mass.get(chosen)
         if step is None:
@@ -169,6 +173,15 @@ def _find(path: Sequence[Position], core: bytes) -> _Found:
         if chosen:
             rest, started = rest[len(chosen) :], True
     return found
+
+
+def _floor(mass: Mapping[bytes, float | None], drawn: bytes | None) -> float | None:
+    """Upper bound of what is not listed; ``drawn`` may be listed out of turn."""
+    usable = {token: value for token, value in mass.items() if value is not None}
+    value = usable.pop(drawn, None) if drawn is not None else None
+    if usable:
+        return min(usable.values())
+    return None if value is None else math.log(max(-math.expm1(value), 1e-12))
 
 
 def _plus(before: float, value: float | None) -> float | None:

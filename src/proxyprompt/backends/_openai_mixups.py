@@ -21,13 +21,15 @@ class Answered:
 
     def __init__(self) -> None:
         self._requests: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._foreign: set[tuple[str, bytes]] = set()
         self._tells = True
 
     def is_foreign(self, name: object, body: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
         """Whether the answer called ``name`` has answered another body before.
 
         The same answer to the same body is no mix-up: caches of servers do that. Without an ``id`` nothing can be told, nor
-        on a server that has given one ``id`` to answers that differ.
+        on a server that has given one ``id`` to answers that differ, or the same foreign answer to one body twice: a
+        surplus copy comes once.
         """
         if not isinstance(name, str) or not name or not self._tells:
             return False
@@ -35,11 +37,15 @@ class Answered:
         known_asked, known_told = self._requests.setdefault(name, (asked, told))
         if len(self._requests) > _MOST:
             self._requests.popitem(last=False)
-        if known_told != told:
+        foreign = known_asked != asked
+        if known_told != told or (foreign and (name, asked) in self._foreign):
             self._tells = False
             self._requests.clear()
+            self._foreign.clear()
             return False
-        return known_asked != asked
+        if foreign:
+            self._foreign.add((name, asked))
+        return foreign
 
 
 def _digest(value: Mapping[str, Any]) -> bytes:

@@ -35,11 +35,16 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the answers to one request; ``path`` is ``None`` where there are no log-probabilities at all."""
+    """One of the answers to one request; ``path`` is ``None`` where there are no log-probabilities of the text.
+
+    ``thought``: the model reasoned in view before it answered; that is not part of ``text``.
+    """
 
     text: str | None
     finish: str | None
     path: tuple[Position, ...] | None
+    thought: bool = False
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,10 @@ def read_answer(body: Mapping[str, Any], endpoint: Endpoint) -> Answer:
     choices = [choice for choice in listed if isinstance(choice, dict)] if isinstance(listed, list) else []
     if not choices:
         unknown = 0 if isinstance(told, dict) else 1
-        raise UnreadableAnswerError("the answer holds no choices", usage, unknown)
+        error = body.get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+        reason = f": {message}" if isinstance(message, str) and message else ""
+        raise UnreadableAnswerError(f"the answer holds no choices{reason}", usage, unknown)
     return Answer(
         choices=tuple(_choice(choice, endpoint) for choice in choices),
         usage=usage,
@@ -117,15 +125,55 @@ def read_answer(body: Mapping[str, Any], endpoint: Endpoint) -> Answer:
 
 
 def _choice(choice: Mapping[str, Any], endpoint: Endpoint) -> Choice:
-    text, finish = choice.get("text"), choice.get("finish_reason")
+    text, finish, path = choice.get("text"), choice.get("finish_reason"), logprob_path(choice.get("logprobs"))
+    thought, refusal = False, None
     if endpoint == "chat":
         message = choice.get("message")
-        text = message.get("content") if isinstance(message, dict) else None
+        message = message if isinstance(message, dict) else {}
+        text, thought = _without_thoughts(message)
+        refusal = message.get("refusal")
+        if thought and not _spells(path, text):
+            path = None  # its first tokens are those of the reasoning
+    if finish == "content_filter":
+        text = None  # what is left of an answer that was withheld is no answer
     return Choice(
         text=text if isinstance(text, str) else None,
         finish=finish if isinstance(finish, str) else None,
-        path=logprob_path(choice.get("logprobs")),
+        path=path,
+        thought=thought,
+        refusal=refusal if isinstance(refusal, str) else None,
     )
+
+
+def _without_thoughts(message: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The text of a message, and whether the model reasoned in view before it.
+
+    Servers put the reasoning into a field of its own, into a part of its own, or, where they do not know the model's
+    way of marking it, into the text between ``<think>`` and ``</think>``, the first of which may stand in the prompt.
+    """
+    content = message.get("content")
+    thoughts = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    thought = any(isinstance(told, str) and told.strip() for told in thoughts)
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        thought = thought or any(part.get("type") in ("thinking", "reasoning") for part in parts)
+        content = "".join(texts) if texts else None
+    if not isinstance(content, str):
+        return None, thought
+    if "</think>" in content:
+        return content.rpartition("</think>")[2].lstrip(), True
+    if content.lstrip().startswith("<think>"):
+        return None, True
+    return content, thought
+
+
+def _spells(path: Sequence[Position] | None, text: object) -> bool:
+    """Whether the chosen tokens are those of the text from its beginning."""
+    if path is None or not isinstance(text, str) or not text.strip():
+        return False
+    spelled = b"".join(position.chosen or b"" for position in path).strip()
+    return spelled.startswith(text.strip().encode("utf-8", "surrogatepass"))
 
 
 def read_decision_answer(body: Mapping[str, Any]) -> tuple[dict[str, object], Usage, str | None]:

@@ -151,6 +151,9 @@ class OpenAIBackend:
     words. ``result.evidence == "texts"``; each label seen has the logarithm of its share of ``result.samples`` texts,
     every other ``None``, and *all* are ``censored``. An answer without any label is an error.
 
+    **Reasoning in view.** What servers send as ``reasoning_content`` or ``reasoning``, in a part of its own, or in the text
+    up to ``</think>``, is no part of a text. Log-probabilities that belong to it are not used: labels are read from texts.
+
     **Failures.** A refusal for load (429, 500, 502, 503, 529) and a failed connection are tried again, with pauses that
     double from 0.5 s (2 s after 429) to 60 s or as ``Retry-After`` asks. A time limit, a connection that breaks and
     statuses 408, 504 and 524 may have been billed: at most ``paid_retries`` follow, each announced, and
@@ -408,7 +411,8 @@ class OpenAIBackend:
             prompt_fields(request.prompt, self._endpoint(request.prompt))
 
         def known(request: GenerateRequest) -> bool:
-            return self._batch is None or self._asker.traits(self._endpoint(request.prompt)).answered
+            # The first call, alone, finds out which fields the server takes and whether the model reasons.
+            return self._asker.traits(self._endpoint(request.prompt)).answered
 
         if self._batch is not None:
             make = partial(self._batches, requests, journal)

@@ -1,0 +1,226 @@
+"""What servers that call themselves compatible do differently: reasoning in view, odd errors, drawn tokens, poor ids."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from proxyprompt.backends._openai_faults import classify, error_words
+from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
+from proxyprompt.backends.openai import OpenAIBackend
+
+from .contract import in_order
+from .scripted_server import Reply, Scripted, scripted_server
+
+LABELS = (" positive", " negative")
+ASK = ScoreRequest("p", LABELS)
+CHAT = ScoreRequest((Message("user", "u"),), LABELS)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-key-7c1f")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[Scripted]:
+    with scripted_server() as script:
+        yield script
+
+
+def backend(server: Scripted, **options: Any) -> OpenAIBackend:
+    return OpenAIBackend("m", base_url=server.url, **options)
+
+
+def turns(k: int) -> GenerateRequest:
+    return GenerateRequest((Message("user", f"u{k}"),), 8)
+
+
+def reply(message: dict[str, Any], *tokens: tuple[str, float], finish: str = "stop", **usage: Any) -> Reply:
+    listed = [{"token": token, "logprob": value} for token, value in tokens]
+    content = [{**listed[0], "top_logprobs": listed}] if listed else None
+    choice = {"message": message, "logprobs": {"content": content}, "finish_reason": finish}
+    return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 3, **usage}}
+
+
+class TestReasoningInView:
+    """The log-probabilities that vLLM and llama.cpp send are then those of the reasoning, not of the answer."""
+
+    @pytest.mark.parametrize(
+        ("cut", "whole"),
+        [
+            (
+                {"content": None, "reasoning_content": "Okay"},
+                {"content": "positive", "reasoning_content": "Okay"},
+            ),
+            ({"content": "", "reasoning": "Okay"}, {"content": "positive", "reasoning": "Okay"}),
+            (
+                {"content": "<think>\nOkay"},
+                {"content": "<think>\nOkay, positive or negative?</think>\n\npositive"},
+            ),
+            (
+                {"content": [{"type": "thinking", "thinking": []}]},
+                {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "positive"}]},
+            ),
+        ],
+    )
+    def test_labels_are_read_from_the_text_behind_it(
+        self, server: Scripted, cut: dict[str, Any], whole: dict[str, Any]
+    ) -> None:
+        first = ("Okay", -0.1), (" positive", -3.0), (" negative", -3.5)
+        server.replies = [reply(cut, *first, finish="length"), reply(whole, *first)]
+        sent: list[int] = []
+        [result] = in_order(backend(server).score([CHAT], on_send=sent.extend), 1)
+        assert (result.logprobs, result.evidence, result.error) == ((0.0, None), "texts", None)
+        assert (result.usage.prompt_tokens, sent) == (18, [0, 0])
+        assert [body["max_tokens"] for _, body in server.requests] == [11, 11 + 4096]
+
+    def test_log_probabilities_of_the_answer_alone_are_used(self, server: Scripted) -> None:
+        message = {"content": "positive", "reasoning_content": "Okay"}
+        server.replies = [reply(message, ("positive", -0.1), ("negative", -2.5))]
+        [result] = in_order(backend(server).score([CHAT]), 1)
+        assert (result.logprobs, result.evidence) == ((-0.1, -2.5), "logprobs")
+
+    def test_texts_are_given_without_it(self, server: Scripted) -> None:
+        server.replies = [reply({"content": "so I think</think>\n\nParis"})]
+        assert in_order(backend(server).generate([turns(0)]), 1)[0].text == "Paris"
+
+
+class TestManyAtOnce:
+    """What one call finds out does not fail those that were sent before."""
+
+    def test_a_field_that_is_refused(self, server: Scripted) -> None:
+        both = threading.Barrier(3, timeout=5)
+
+        def answer(body: dict[str, Any]) -> Reply:
+            if "max_tokens" in body and body["messages"][0]["content"] != "u0":
+                both.wait()
+                message = "Use 'max_completion_tokens' instead."
+                return 400, {
+                    "error": {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}
+                }
+            return reply({"content": "ok"})
+
+        server.reply = answer
+        results = in_order(backend(server).generate([turns(k) for k in range(4)]), 4)
+        assert [r.text for r in results] == ["ok"] * 4
+        assert len(server.requests) == 7
+
+    def test_room_for_reasoning(self, server: Scripted) -> None:
+        both = threading.Barrier(3, timeout=5)
+
+        def answer(body: dict[str, Any]) -> Reply:
+            if body["messages"][0]["content"] != "u0" and body["max_tokens"] == 8:
+                both.wait()
+                return reply({"content": ""}, finish="length")
+            return reply({"content": "ok"})
+
+        server.reply = answer
+        results = in_order(backend(server).generate([turns(k) for k in range(4)]), 4)
+        assert [r.text for r in results] == ["ok"] * 4
+        assert [r.usage.prompt_tokens for r in results] == [9, 18, 18, 18]
+
+    def test_the_first_call_for_text_finds_out_alone(self, server: Scripted) -> None:
+        def answer(body: dict[str, Any]) -> Reply:
+            details = {"completion_tokens_details": {"reasoning_tokens": 8}}
+            cut = body["max_tokens"] == 8
+            return reply({"content": "" if cut else "ok"}, finish="length" if cut else "stop", **details)
+
+        server.reply = answer
+        results = in_order(backend(server).generate([turns(k) for k in range(4)]), 4)
+        assert [r.text for r in results] == ["ok"] * 4
+        assert len(server.requests) == 5  # one of them in vain, not four
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            {"code": 400, "message": "logprobs is not supported", "param": 7},
+            {"code": {"a": 1}, "message": ["logprobs is not supported"], "param": ["x"]},
+            "logprobs is not supported",
+        ],
+    )
+    def test_bodies_of_other_shapes_are_understood(self, server: Scripted, error: Any) -> None:
+        server.replies = [(400, {"error": error}), reply({"content": "positive"})]
+        [result] = in_order(backend(server).score([CHAT]), 1)
+        assert (result.evidence, result.error) == ("texts", None)
+
+    def test_those_of_pydantic_too(self, server: Scripted) -> None:
+        detail = [
+            {
+                "type": "extra_forbidden",
+                "loc": ["body", "top_logprobs"],
+                "msg": "Extra inputs are not permitted",
+            }
+        ]
+        server.replies = [(422, {"detail": detail}), reply({"content": "positive"})]
+        assert in_order(backend(server).score([CHAT]), 1)[0].error is None
+
+    def test_words(self) -> None:
+        assert error_words({"message": "a", "detail": "b"}, "c") == "a"
+        assert error_words([1], "c") == error_words(None, "c") == error_words({}, "c") == "c"
+
+    def test_a_model_that_may_be_used_without_log_probabilities(self, server: Scripted) -> None:
+        message = "You are not allowed to request logprobs from this model"
+        server.replies = [(403, {"error": {"message": message}}), reply({"content": "negative"})]
+        assert in_order(backend(server).score([CHAT]), 1)[0].logprobs == (None, 0.0)
+        assert classify(403, None, None, message, {"temperature"}).fault == "fatal"
+
+    def test_an_error_with_status_200_is_repeated(self, server: Scripted) -> None:
+        server.replies = [{"error": {"message": "overloaded", "code": 529}}]
+        [result] = in_order(backend(server).score([CHAT]), 1)
+        assert (result.error, result.uncertain) == ("the answer holds no choices: overloaded", 1)
+
+    def test_a_prompt_that_cannot_be_sent_fails_alone(self, server: Scripted) -> None:
+        server.replies = [reply({"content": "ok"})]
+        bad, good = GenerateRequest((Message("user", "\ud800"),), 8), turns(1)
+        results = in_order(backend(server).generate([bad, good]), 2)
+        assert results[0].error == "the prompt holds half a surrogate pair, which cannot be sent"
+        assert (results[1].text, results[0].uncertain, len(server.requests)) == ("ok", 0, 1)
+
+
+class TestWithheld:
+    def test_the_beginning_of_a_filtered_answer_is_no_answer(self, server: Scripted) -> None:
+        server.replies = [reply({"content": "half an ans"}, finish="content_filter")]
+        [result] = in_order(backend(server).generate([turns(0)]), 1)
+        assert (result.text, result.error) == (
+            None,
+            "the answer holds no text (finish_reason 'content_filter')",
+        )
+
+    def test_a_refusal_is_repeated(self, server: Scripted) -> None:
+        server.replies = [reply({"content": None, "refusal": "I cannot"})]
+        assert in_order(backend(server).generate([turns(0)]), 1)[0].error == "the model refused: 'I cannot'"
+
+
+class TestDrawnTokens:
+    """A first answer whose text may be used as a sample has temperature 1: the token drawn may be an unlikely one."""
+
+    def test_it_bounds_nothing(self, server: Scripted) -> None:
+        table = {" positive": -0.5, "other": -2.0, " zzz": -9.0}
+        logprobs = {"tokens": [" zzz"], "token_logprobs": [-9.0], "top_logprobs": [table]}
+        choice = {"text": " zzz", "logprobs": logprobs, "finish_reason": "length"}
+        server.replies = [{"choices": [choice], "usage": {"prompt_tokens": 9}}]
+        [drawn] = in_order(backend(server, repeats=3).score([ASK]), 1)
+        assert (drawn.logprobs, drawn.censored) == ((-0.5, -2.0), (False, True))
+
+    def test_listed_alone_it_leaves_the_rest(self, server: Scripted) -> None:
+        logprobs = {"tokens": [" negative"], "token_logprobs": [-3.0], "top_logprobs": None}
+        choice = {"text": " negative", "logprobs": logprobs, "finish_reason": "length"}
+        server.replies = [{"choices": [choice], "usage": {"prompt_tokens": 9}}]
+        [drawn] = in_order(backend(server, repeats=3).score([ASK]), 1)
+        assert drawn.logprobs == pytest.approx((math.log(1 - math.exp(-3)), -3.0))
+        assert drawn.censored == (True, False)
+
+
+def test_a_server_with_one_id_for_all_its_answers(server: Scripted) -> None:
+    server.reply = lambda body: {"id": "cmpl-1", **reply({"content": "ok"})}  # type: ignore[dict-item]
+    results = in_order(backend(server, concurrency=1).generate([turns(k) for k in range(5)]), 5)
+    assert [r.text for r in results] == ["ok"] * 5
+    assert [r.uncertain for r in results] == [0, 1, 0, 0, 0]
