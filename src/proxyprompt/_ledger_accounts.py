@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from ._ledger_calls import change, insertion
+from ._ledger_calls import ROLES, STATES, change, insertion, set_aside
 from ._ledger_owners import AHEAD, owner
 from ._ledger_rows import PICO, CallRole, Limits
+from ._ledger_schema import rebuild_sums
 from .errors import BudgetExceededError, InputError, LedgerError
 
 __all__ = ["amounts_of", "check_fit", "check_room", "chunks", "enter", "mark", "taken"]
@@ -20,6 +22,7 @@ _ENTER = insertion(
     ("id", "key", "estimate", "allowance", "run", "stage", "role", "model", "state", "host", "pid", "born", "created_at",
      "currency")
 )  # fmt: skip
+_Sum: TypeAlias = tuple[str, str, int, int, int]
 _CHUNK = 900  # SQLite before 3.32 takes at most 999 parameters
 
 
@@ -95,19 +98,21 @@ def check_room(
     """Whether calls with these amounts fit; ``planned``: with those that are reserved and not sent."""
     if limits is None or not limits.any or not amounts:
         return
-    count = "" if planned else " AND state != 'reserved'"
-    query = f"SELECT role, currency, sum(calls), sum(tokens), sum(money) FROM spent WHERE run = ?{count} GROUP BY 1, 2"
-    rows = connection.execute(query, (run,)).fetchall()
+    rows = _sums(connection, run, planned=planned)
     of_target = [row for row in rows if row[0] == "target"]
-    calls, tokens = (sum(row[n] for row in of_target) for n in (2, 3))
+    calls, tokens = sum(row[2] for row in of_target), sum(row[3] for row in of_target)
     _room("max_calls", limits.max_calls, calls, len(amounts), run)
     _room("max_tokens", limits.max_tokens, tokens, sum(one[0] for one in amounts), run)
     if limits.picos is None:
         return
-    foreign = sorted({row[1] for row in rows if row[1] != limits.currency and row[4]} | {currency})
-    if foreign != [limits.currency]:
+    foreign = _foreign(rows, limits.currency)
+    if foreign:  # or what says so is damaged
+        rows = _sums(connection, run, planned=planned, anew=True)
+        foreign = _foreign(rows, limits.currency)
+    named = sorted({*foreign, currency})
+    if named != [limits.currency]:
         raise InputError(
-            f"max_money is in {limits.currency}, but calls of run {run!r} are priced in {', '.join(foreign) or 'nothing'}.",
+            f"max_money is in {limits.currency}, but calls of run {run!r} are priced in {', '.join(named) or 'nothing'}.",
             hint="Give the limit in the currency of the price.",
         )
     spent, asked = sum(row[4] for row in rows), sum(one[1] for one in amounts)
@@ -118,6 +123,56 @@ def check_room(
             f" for up to {money[1]} more; it was not sent.",
             hint=f"Raise the limit to {money[2]} or more, or ask for less; all answers are kept.",
         )
+
+
+def _foreign(rows: Sequence[_Sum], currency: str) -> set[str]:
+    return {row[1] for row in rows if row[1] != currency and row[4]}
+
+
+def _sums(connection: sqlite3.Connection, run: str, *, planned: bool, anew: bool = False) -> list[_Sum]:
+    """Role, currency, calls, tokens and money that count in a run; sums that are damaged are made anew from the calls."""
+    query = "SELECT role, state, currency, calls, tokens, money FROM spent WHERE run = ?"
+    rows = connection.execute(query, (run,)).fetchall()
+    calls = "SELECT 1 FROM attempt WHERE run = ? LIMIT 1"
+    damaged = not _agree(rows) or (not rows and connection.execute(calls, (run,)).fetchone())
+    if damaged or anew:
+        set_aside(connection)
+        rebuild_sums(connection)
+        before, rows = rows, connection.execute(query, (run,)).fetchall()
+        damaged = damaged or _not_zero(before) != _not_zero(rows)
+    if damaged:
+        warnings.warn(
+            f"The sums by which limits are checked were damaged for run {run!r}; they were made anew from the calls. Check"
+            " the disk.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return [
+        (role, currency, *amounts)
+        for role, state, currency, *amounts in rows
+        if role and (planned or state != "reserved")
+    ]
+
+
+def _not_zero(rows: Sequence[Any]) -> set[Any]:
+    return {row for row in rows if any(row[3:])}
+
+
+def _agree(rows: Sequence[Sequence[Any]]) -> bool:
+    """Whether a run's sums are those of its total, under names that there are; see ``_ledger_schema``."""
+    calls = tokens = money = 0
+    totals = []
+    try:
+        for role, state, _, *amounts in rows:
+            if not role:
+                totals.append(amounts)
+                continue
+            if role not in ROLES or state not in STATES:
+                return False
+            calls, tokens, money = calls + amounts[0], tokens + amounts[1], money + amounts[2]
+    except TypeError:  # a flipped bit can change the type of a column
+        return False
+    return totals == ([[calls, tokens, money]] if rows else [])
 
 
 def _room(name: str, limit: int | None, spent: int, asked: int, run: str) -> None:

@@ -11,17 +11,23 @@ from collections.abc import Mapping, Sequence
 __all__ = [
     "CALL_COLUMNS",
     "DAMAGED",
+    "ROLES",
+    "STATES",
     "TAKEN_OVER",
     "change",
     "image",
     "insertion",
     "interrupted",
     "learn_seal",
+    "removal",
     "set_aside",
 ]
 
 TAKEN_OVER = "taken over"
 """State of a call that a later process found under way at the provider, and counts as its own."""
+
+ROLES = ("target", "proxy")
+STATES = ("reserved", "sent", "done", "failed", "unknown", TAKEN_OVER)
 
 CALL_COLUMNS = (
     "id", "key", "run", "stage", "role", "model", "state", "host", "pid", "born", "created_at", "finished_at", "error",
@@ -66,6 +72,11 @@ def change(where: str, **values: str) -> str:
     """
     sets = ", ".join(f"{column} = {value}" for column, value in values.items())
     return f"UPDATE attempt SET {sets}, sha256 = seal({image(values)}) WHERE {where} AND sha256 = seal({image()})"
+
+
+def removal(where: str) -> str:
+    """SQL that removes sound rows: with a damaged one, what it never held would be taken from the sums."""
+    return f"DELETE FROM attempt WHERE {where} AND sha256 = seal({image()})"
 
 
 def insertion(columns: Sequence[str]) -> str:

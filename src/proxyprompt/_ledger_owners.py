@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ._ledger_calls import change, set_aside
+from ._ledger_calls import change, removal, set_aside
 
 __all__ = ["AHEAD", "birth_of", "drop_attempts", "owner", "settle_dead"]
 
@@ -46,14 +46,14 @@ def settle_dead(connection: sqlite3.Connection, *, alone: bool = False) -> None:
         theirs = "host = ? AND pid = ? AND born = ?"
         here, boot = socket.gethostname(), birth_of(os.getpid()).partition("/")[0]
         same_boot = [one for one in owners if boot and one[0] == here and one[2].startswith(f"{boot}/")]
-        query = f"DELETE FROM attempt WHERE state = 'sent' AND error = '{AHEAD}' AND {theirs}"
+        query = removal(f"state = 'sent' AND error = '{AHEAD}' AND {theirs}")
         connection.executemany(query, same_boot)
         drop_attempts(connection, theirs, owners)
 
 
 def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple[Any, ...]]) -> None:
     """Inside a transaction: attempts not sent vanish, those sent become unknown, finished ones stay."""
-    connection.executemany(f"DELETE FROM attempt WHERE state = 'reserved' AND {where}", values)
+    connection.executemany(removal(f"state = 'reserved' AND {where}"), values)
     query = change(f"state = 'sent' AND {where}", state="'unknown'", finished_at="?1")
     connection.executemany(query, [(time.time(), *value) for value in values])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from ._ledger_calls import CALL_COLUMNS, TAKEN_OVER, image
+from ._ledger_calls import CALL_COLUMNS, DAMAGED, TAKEN_OVER, image
 
 __all__ = [
     "APPLICATION_ID",
@@ -15,9 +15,10 @@ __all__ = [
     "create_tables",
     "migrate",
     "pragma",
+    "rebuild_sums",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 APPLICATION_ID = 0x50504C31
 
 _FIRST_COLUMNS = (
@@ -55,11 +56,14 @@ def counted(row: str) -> tuple[str, str, str]:
     any report, or has not ended, what was set aside for it counts.
     """
     used = f"{row}prompt_tokens + {row}completion_tokens"
+    # Not with IN, for which SQLite makes a table each time that a trigger asks.
+    ended = f"({row}state = 'failed' OR {row}state = '{TAKEN_OVER}')"
+    done = f"{row}state = 'done'"
     return (
-        f"({row}state NOT IN ('failed', '{TAKEN_OVER}') OR {used} > 0)",
-        f"(CASE WHEN {row}state IN ('done', 'failed') AND {used} > 0 THEN {used}"
-        f" WHEN {row}state IN ('failed', '{TAKEN_OVER}') THEN 0 ELSE {row}estimate END)",
-        f"(CASE WHEN {row}state IN ('done', 'failed', '{TAKEN_OVER}') THEN {row}cost ELSE {row}allowance END)",
+        f"(NOT {ended} OR {used} > 0)",
+        f"(CASE WHEN ({done} OR {row}state = 'failed') AND {used} > 0 THEN {used}"
+        f" WHEN {ended} THEN 0 ELSE {row}estimate END)",
+        f"(CASE WHEN {done} OR {ended} THEN {row}cost ELSE {row}allowance END)",
     )
 
 
@@ -74,7 +78,7 @@ def _add(row: str, sign: str) -> str:
 _CALLS, _TOKENS, _MONEY = counted("")
 SUMS = f"""SELECT run, role, state, currency, sum{_CALLS}, sum{_TOKENS}, sum{_MONEY} FROM attempt
     GROUP BY run, role, state, currency"""
-"""What the table ``spent`` must hold, apart from rows of zeros."""
+"""What the table ``spent`` must hold, apart from rows of zeros and, since schema 4, each run's total."""
 
 _TRIGGERS = (
     f"CREATE TRIGGER attempt_in AFTER INSERT ON attempt BEGIN {_add('new', '')} END",
@@ -131,7 +135,34 @@ _THIRD = (
     f"CREATE TABLE attempt_quarantine (set_aside_at REAL NOT NULL, {_CALLS_LIST})",
 )
 
-_STEPS = {1: _FIRST, 2: _SECOND, 3: _THIRD}
+
+def _total(run: str, *amounts: str) -> str:
+    return f"""INSERT INTO spent VALUES ({run}, '', '', '', {", ".join(amounts)})
+        ON CONFLICT (run, role, state, currency) DO UPDATE SET calls = calls + excluded.calls,
+        tokens = tokens + excluded.tokens, money = money + excluded.money;"""
+
+
+_NEW, _OLD = counted("new."), counted("old.")
+_TOTALS = """INSERT INTO spent SELECT run, '', '', '', sum(calls), sum(tokens), sum(money) FROM spent
+    WHERE role != '' GROUP BY run"""
+# What is not among these changes no sum. A call never changes its run.
+_COUNTED_COLUMNS = "run, role, state, currency, estimate, allowance, cost, prompt_tokens, completion_tokens"
+_FOURTH = (
+    # Each run's sums are entered a second time, as one row over all of them: a flipped bit makes the two disagree.
+    *(f"DROP TRIGGER {name}" for name in ("attempt_in", "attempt_on", "attempt_out")),
+    # Where a call is damaged, or was, the sums know more than the calls.
+    f"""DELETE FROM spent WHERE NOT EXISTS (SELECT 1 FROM attempt_quarantine)
+    AND NOT EXISTS (SELECT 1 FROM attempt WHERE {DAMAGED})""",
+    f"INSERT OR IGNORE INTO spent {SUMS}",
+    _TOTALS,
+    f"CREATE TRIGGER attempt_in AFTER INSERT ON attempt BEGIN {_add('new', '')} {_total('new.run', *_NEW)} END",
+    f"""CREATE TRIGGER attempt_on AFTER UPDATE OF {_COUNTED_COLUMNS} ON attempt BEGIN {_add("old", "-")} {_add("new", "")}
+    {_total("new.run", *(f"{new} - {old}" for new, old in zip(_NEW, _OLD, strict=True)))} END""",
+    f"""CREATE TRIGGER attempt_out AFTER DELETE ON attempt BEGIN {_add("old", "-")}
+    {_total("old.run", *(f"-{old}" for old in _OLD))} END""",
+)
+
+_STEPS = {1: _FIRST, 2: _SECOND, 3: _THIRD, 4: _FOURTH}
 """Statements that lead from the schema before to this one. A released step is never changed."""
 
 
@@ -153,3 +184,26 @@ def migrate(connection: sqlite3.Connection) -> None:
         for statement in _STEPS[number]:
             connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def rebuild_sums(connection: sqlite3.Connection) -> None:
+    """Inside a transaction: make the sums anew from the calls; damaged ones that were set aside count as they stand.
+
+    A damaged call may be counted for more than it was, never for nothing: limits are there to hold.
+    """
+    used = " + ".join(f"max({column}, 0)" for column in ("prompt_tokens", "completion_tokens"))
+    whole = " AND ".join(f"typeof({column}) = 'integer'" for column in ("estimate", "allowance", "cost"))
+    connection.execute("DELETE FROM spent")
+    connection.execute(f"INSERT INTO spent {SUMS}")
+    connection.execute(
+        f"""INSERT INTO spent SELECT CAST(run AS TEXT), 'target', 'unknown', CAST(currency AS TEXT), count(*),
+        sum(min(max(estimate, {used}), {_MOST})), sum(min(max(allowance, cost, 0), {_MOST}))
+        FROM attempt_quarantine WHERE run IS NOT NULL AND currency IS NOT NULL AND {whole} GROUP BY 1, 4
+        ON CONFLICT (run, role, state, currency) DO UPDATE SET calls = calls + excluded.calls,
+        tokens = tokens + excluded.tokens, money = money + excluded.money"""
+    )
+    connection.execute(_TOTALS)
+
+
+_MOST = 10**15
+"""In a damaged call any number may stand; a sum of such numbers has to stay one that SQLite can hold."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, mark, taken
-from ._ledger_calls import DAMAGED, TAKEN_OVER, change, set_aside
+from ._ledger_calls import DAMAGED, TAKEN_OVER, change, removal, set_aside
 from ._ledger_file import LedgerFile
 from ._ledger_owners import AHEAD, drop_attempts, settle_dead
 from ._ledger_rows import (
@@ -596,7 +596,7 @@ class Ledger:
 
     def withdraw(self, ids: Sequence[int]) -> None:
         """Take back calls that were marked as sent and certainly never left: they vanish."""
-        query = "DELETE FROM attempt WHERE id = ? AND state = 'sent'"
+        query = removal("id = ? AND state = 'sent'")
         self._file.commit("written", lambda c: c.executemany(query, [(i,) for i in ids]))
 
     def fail(self, ids: Sequence[int], error: str) -> None:
@@ -608,7 +608,7 @@ class Ledger:
         values = [(number,) for number in ids]
 
         def work(connection: sqlite3.Connection) -> None:
-            query = f"DELETE FROM attempt WHERE id = ? AND state = 'sent' AND error = '{AHEAD}'"
+            query = removal(f"id = ? AND state = 'sent' AND error = '{AHEAD}'")
             connection.executemany(query, values)
             drop_attempts(connection, "id = ?", values)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ._ledger_calls import DAMAGED, TAKEN_OVER
 from ._ledger_rows import PICO, intact
-from ._ledger_schema import RESPONSE_COLUMNS, SUMS, USAGE_COLUMNS
+from ._ledger_schema import RESPONSE_COLUMNS, SUMS, USAGE_COLUMNS, rebuild_sums
 from .errors import InputError, LedgerCorruptError
 from .ledger import Ledger
 
@@ -63,6 +63,14 @@ class Pruned:
     quarantined: int
 
 
+_TOTAL_SUMS = (
+    "SELECT run, calls || ' ' || tokens || ' ' || money FROM spent WHERE role = '' AND (calls OR tokens OR money)",
+    """SELECT run, sum(calls) || ' ' || sum(tokens) || ' ' || sum(money) FROM spent WHERE role != '' GROUP BY run
+    HAVING sum(calls) OR sum(tokens) OR sum(money)""",
+)
+"""Each run's total as it stands, and as the sums give it."""
+
+
 def verify(ledger: Ledger) -> Verification:
     """Check every row against its hash, every answer against its key, the sums of the calls, and the file's structure.
 
@@ -89,14 +97,16 @@ def verify(ledger: Ledger) -> Verification:
         broken = connection.execute(f"SELECT id FROM attempt WHERE {DAMAGED}").fetchall()
         damage += [Damage("attempt", number, "does not match its own hash") for (number,) in broken]
         set_aside = connection.execute("SELECT count(*) FROM attempt_quarantine").fetchone()[0]
-        kept = "SELECT run, role, state, currency, calls, tokens, money FROM spent WHERE calls OR tokens OR money"
+        kept = """SELECT run, role, state, currency, calls, tokens, money FROM spent
+            WHERE role != '' AND (calls OR tokens OR money)"""
         counted = {row[:4]: row[4:] for row in connection.execute(SUMS) if any(row[4:])}
         sums = {row[:4]: row[4:] for row in connection.execute(kept)}
         # Calls that are set aside are still in the sums, and what is damaged cannot be added up.
         least = set_aside and all(
             all(map(operator.le, numbers, sums.get(name, (0, 0, 0)))) for name, numbers in counted.items()
         )
-        if not broken and not least and sums != counted:
+        totals = dict(connection.execute(_TOTAL_SUMS[0])) == dict(connection.execute(_TOTAL_SUMS[1]))
+        if not totals or (not broken and not least and sums != counted):
             damage.append(Damage("spent", 0, "the sums of calls, tokens and money do not match the calls"))
         calls = connection.execute("SELECT count(*) FROM attempt").fetchone()[0]
         quarantined = set_aside + connection.execute("SELECT count(*) FROM quarantine").fetchone()[0]
@@ -292,6 +302,5 @@ def prune(
         if quarantine:
             connection.execute("DELETE FROM quarantine")
             if connection.execute("DELETE FROM attempt_quarantine").rowcount:
-                connection.execute("DELETE FROM spent")
-                connection.execute(f"INSERT INTO spent {SUMS}")
+                rebuild_sums(connection)
     return found

@@ -438,9 +438,9 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "l.db"
     Ledger(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 4")
+        connection.execute("PRAGMA user_version = 5")
     connection.close()
-    with pytest.raises(LedgerError, match=r"schema 4; this version reads up to 3.*pip install -U"):
+    with pytest.raises(LedgerError, match=r"schema 5; this version reads up to 4.*pip install -U"):
         Ledger(path)
 
 

@@ -1,4 +1,4 @@
-"""Rows of calls: a hash of their own, noticed when a bit of them flips; limits that hold all the same; schema 3."""
+"""Rows of calls and their sums: noticed when a bit of them flips; limits that hold all the same; schemas 3 and 4."""
 
 from __future__ import annotations
 
@@ -248,3 +248,126 @@ def test_what_is_taken_over_counts_where_it_is_collected(tmp_path: Path) -> None
         assert (totals.prompt_tokens, totals.money) == (10, {"USD": PICO // 2 / PICO})
         assert [r["state"] for r in export_rows(ledger) if r["kind"] == "call"] == ["taken over", "done"]
         assert verify(ledger).sound
+
+
+SUM_KEYS = [("target", "done", "USD"), ("target", "unknown", "USD"), ("", "", "")]
+SUM_COLUMNS = ["run", "role", "state", "currency", "calls", "tokens", "money"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    # Under what state and currency a total stands says nothing; the next call finds two totals then.
+    [
+        (row, column)
+        for row in SUM_KEYS
+        for column in SUM_COLUMNS
+        if row[0] or column not in ("state", "currency")
+    ],
+)
+def test_a_flipped_bit_in_the_sums_passes_no_limit(tmp_path: Path, row: tuple[str, ...], column: str) -> None:
+    """Each limit refuses and admits what it did before the damage, the same process and another one."""
+    rng = random.Random(f"{row}{column}")
+    used = {"max_calls": 11, "max_tokens": 6 * 12 + 3 + 4 * 50, "max_money": 7 + 7 / PICO}
+    if column == "currency" and row[0]:
+        used = {"max_money": used["max_money"]}  # the others do not ask for it
+    for name, amount in used.items():
+        path = tmp_path / f"{name}.db"
+        fill(path)
+        with Ledger(path) as ledger:
+            assert verify(ledger).sound
+        flip_sum(path, row, column, rng)
+        terms: dict[str, Any] = {"run": "r", "stage": "s", "role": "target", "model": "m", "currency": "USD"}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with Ledger(path) as ledger:
+                assert not verify(ledger).sound
+                one = {"tokens": [1], "money": [1]}
+                with pytest.raises(BudgetExceededError):
+                    ledger.reserve([key_of(50)], limits=Limits(**{name: amount}), **one, **terms)
+                [call] = ledger.reserve([key_of(50)], limits=Limits(**{name: amount + 1}), **one, **terms)
+                ledger.release([call])
+                assert verify(ledger).sound
+        assert [w for w in told if "made anew from the calls" in str(w.message)]
+
+
+def test_lost_sums_are_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    fill(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM spent")
+    connection.close()
+    with (
+        Ledger(path) as ledger,
+        pytest.warns(RuntimeWarning, match="made anew"),
+        pytest.raises(BudgetExceededError),
+    ):
+        ledger.reserve(
+            [key_of(50)], run="r", stage="s", role="target", model="m", limits=Limits(max_calls=11)
+        )
+
+
+def flip_sum(path: Path, row: tuple[str, ...], column: str, rng: random.Random) -> None:
+    """Flip one bit of a sum."""
+    where = "run = 'r' AND role = ? AND state = ? AND currency = ?"
+    with sqlite3.connect(path) as connection:
+        connection.text_factory = bytes
+        [value] = connection.execute(f"SELECT {column} FROM spent WHERE {where}", row).fetchone()
+        if isinstance(value, int):
+            changed: Any = value ^ 1 << rng.randrange(40)
+        else:
+            data = bytearray(value or b"\0")
+            data[-1] ^= 1 << rng.randrange(7)
+            changed = bytes(data).decode()
+        connection.execute(f"UPDATE spent SET {column} = ? WHERE {where}", (changed, *row))
+    connection.close()
+
+
+def test_sums_made_anew_count_calls_that_were_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    ids = fill(path)
+    assert flip(path, ids[0], "stage", random.Random(3))
+    with Ledger(path) as ledger, pytest.warns(RuntimeWarning, match="set aside"):
+        ledger.totals()
+    flip_sum(path, ("", "", ""), "calls", random.Random(3))
+    terms: dict[str, Any] = {"run": "r", "stage": "s", "role": "target", "model": "m", "currency": "USD"}
+    with Ledger(path) as ledger:
+        with pytest.warns(RuntimeWarning, match="made anew"), pytest.raises(BudgetExceededError):
+            ledger.reserve([key_of(50)], limits=Limits(max_calls=11), **terms)
+        with pytest.warns(RuntimeWarning, match="made anew"):
+            ledger.reserve([key_of(50)], limits=Limits(max_calls=12), **terms)
+        assert verify(ledger).sound
+
+
+@pytest.mark.parametrize("state", ["reserved", "sent"])
+def test_giving_up_a_damaged_call_takes_nothing_from_the_sums(tmp_path: Path, state: str) -> None:
+    path = tmp_path / "l.db"
+    terms: dict[str, Any] = {"run": "r", "stage": "s", "role": "target", "model": "m", "currency": "USD"}
+    with Ledger(path) as ledger:
+        calls = ledger.reserve([key_of(0), key_of(1)], tokens=[50, 50], money=[PICO, PICO], **terms)
+        ledger.mark_sent(calls if state == "sent" else calls[:1])
+        with sqlite3.connect(path) as connection:
+            connection.execute("DROP TRIGGER attempt_on")
+            connection.execute(
+                "UPDATE attempt SET estimate = 1 << 40, allowance = 1 << 50 WHERE id = ?", calls[1:]
+            )
+        connection.close()
+        if state == "sent":
+            ledger.withdraw(calls[1:])
+        else:
+            ledger.release(calls[1:])
+        for limits in (Limits(max_tokens=100), Limits(max_money=2)):
+            with pytest.raises(BudgetExceededError):
+                ledger.reserve([key_of(2)], tokens=[1], money=[1], limits=limits, **terms)
+
+
+def test_sums_of_the_third_schema_get_their_totals(tmp_path: Path) -> None:
+    path = tmp_path / "l.db"
+    second_schema(path)
+    with Ledger(path) as ledger:
+        [call] = ledger.reserve([key_of(9)], run="q", stage="s", role="target", model="m")
+        ledger.mark_sent([call])
+        assert verify(ledger).sound
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT * FROM spent WHERE role = '' ORDER BY run").fetchall()
+    connection.close()
+    assert rows == [("q", "", "", "", 1, 0, 0), ("r", "", "", "", 2, 7 + 30, 5 + 9)]
