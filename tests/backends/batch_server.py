@@ -138,7 +138,10 @@ def batch_server(upstream: str) -> Iterator[BatchServer]:
                     else:
                         self._send(404, {"error": {"message": "no such batch"}})
                 else:
-                    self._send(200, account.files[path.split("/")[1]])
+                    name = path.split("/")[1]
+                    known = name in account.files
+                    gone = {"error": {"message": f"No such File object: {name}"}}
+                    self._send(200 if known else 404, account.files.get(name, gone))
 
         def do_POST(self) -> None:
             raw = self.rfile.read(int(self.headers["content-length"]))

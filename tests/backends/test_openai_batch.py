@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -366,3 +367,150 @@ class TestFaults:
     def test_decisions_take_no_batches(self, account: BatchServer) -> None:
         with pytest.raises(InputError, match="the decisions endpoint takes no batches"):
             batched(account, evidence=("decisions", "texts"))
+
+
+class TestOddResults:
+    """Result files as no one would wish them: what is paid is neither lost nor bought again in silence."""
+
+    @pytest.fixture
+    def upstream(self) -> Iterator[BatchServer]:
+        with scripted_server() as server, batch_server(server.url) as account:
+            server.reply = lambda body: {
+                "choices": [{"text": body["prompt"] + "!", "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 3, "completion_tokens": 1},
+            }
+            yield account
+
+    def collect(self, account: BatchServer, spoil: Any, first_only: bool = False) -> list[Any]:
+        work = account.work
+
+        def spoiled(batch: dict[str, Any], status: str) -> None:
+            work(batch, status)
+            if not first_only or len(account.batches) == 1:
+                spoil(batch)
+
+        account.work = spoiled  # type: ignore[method-assign]
+        self.journal = MemoryJournal([f"{k:064x}" for k in range(4)])
+        requests = [GenerateRequest(f"p{k}", 8) for k in range(4)]
+        return in_order(batched(account).generate(requests, journal=self.journal), 4)
+
+    def lines(self, account: BatchServer, batch: dict[str, Any]) -> list[Any]:
+        return [json.loads(line) for line in account.files[batch["output_file_id"]].splitlines()]
+
+    def put(self, account: BatchServer, batch: dict[str, Any], lines: list[Any]) -> None:
+        account.files[batch["output_file_id"]] = b"\n".join(json.dumps(line).encode() for line in lines)
+
+    def check(self, account: BatchServer, results: list[Any]) -> None:
+        assert [r.text for r in results] == ["p0!", "p1!", "p2!", "p3!"]
+        assert (len(account.batches), account.lines_run, self.journal.read()) == (1, 3, {})
+
+    def test_a_second_line_takes_nothing_away(self, upstream: BatchServer) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            line = self.lines(upstream, batch)[0]
+            line["response"] = {"status_code": 500, "body": {"error": {"message": "late"}}}
+            batch["error_file_id"] = upstream.upload(json.dumps(line).encode())["id"]
+
+        self.check(upstream, self.collect(upstream, spoil))
+
+    @pytest.mark.parametrize("code", ["200", None])
+    def test_statuses_as_text_or_not_at_all(self, upstream: BatchServer, code: Any) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            lines = self.lines(upstream, batch)
+            for line in lines:
+                line["response"]["status_code"] = code
+            self.put(upstream, batch, lines)
+
+        self.check(upstream, self.collect(upstream, spoil))
+
+    def test_strange_lines(self, upstream: BatchServer) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            lines = [
+                {"custom_id": "unknown", "response": {"status_code": 200, "body": {}}},
+                None,
+                [1],
+                {"custom_id": 5},
+            ]
+            self.put(upstream, batch, self.lines(upstream, batch) + lines)
+            upstream.files[batch["output_file_id"]] += b"\n" + b"[" * 100_000
+
+        self.check(upstream, self.collect(upstream, spoil))
+
+    @pytest.mark.parametrize("status", ["failed", "canceled", "cancelled", "expired"])
+    def test_answers_of_a_batch_that_did_not_go_through(self, upstream: BatchServer, status: str) -> None:
+        self.check(upstream, self.collect(upstream, lambda batch: batch.update(status=status)))
+
+    def test_a_paid_answer_without_a_body_is_not_bought_again(self, upstream: BatchServer) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            lines = self.lines(upstream, batch)
+            lines[0]["response"]["body"] = None
+            self.put(upstream, batch, lines)
+
+        results = self.collect(upstream, spoil)
+        assert [r.error for r in results] == [None, None, None, "HTTP 200: the batch gave no answer to it"]
+        assert [r.uncertain for r in results] == [0, 0, 0, 1]
+        assert len(upstream.batches) == 1
+
+    @pytest.mark.parametrize("lasting", [False, True])
+    def test_what_is_missing_may_have_been_billed(self, upstream: BatchServer, lasting: bool) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            raw = upstream.files[batch["output_file_id"]]
+            upstream.files[batch["output_file_id"]] = raw[: len(raw) // 2]
+
+        results = self.collect(upstream, spoil, first_only=not lasting)
+        # One more time, as often as paid_retries says, and both times in the books.
+        assert len(upstream.batches) == 2
+        assert [r.uncertain for r in results] == ([0, 2, 1, 0] if lasting else [0, 1, 1, 0])
+        assert [r.error is None for r in results] == [True, not lasting, True, True]
+
+    def test_a_batch_that_this_key_does_not_see_stays_in_the_journal(self, upstream: BatchServer) -> None:
+        journal = MemoryJournal([f"{k:064x}" for k in range(5)])
+        requests = [GenerateRequest(f"p{k}", 8) for k in range(5)]
+        upstream.looks = 10**9
+        with pytest.raises(RetryableBackendError):
+            list(batched(upstream, batch_wait=0.01, batch_size=2).generate(requests, journal=journal))
+        upstream.looks = 1
+        hidden = upstream.batches.pop("batch_1")
+        got: list[Any] = []
+        with pytest.raises(
+            BackendError, match=r"batch_1 of \d{4}-\d\d-\d\d, with 2 requests to collect, is gone"
+        ) as caught:
+            got.extend(p for block in batched(upstream).generate(requests, journal=journal) for p in block)
+        assert "the key and the project that sent it" in caught.value.hint
+        assert sorted(index for index, _ in got) == [0, 3, 4]  # the other batch was collected first
+        # The right key again: nothing is bought twice.
+        upstream.batches["batch_1"] = hidden
+        assert all(
+            r.error is None
+            for r in in_order(batched(upstream).generate(requests[1:3], journal=_keyed(journal, 1)), 2)
+        )
+        assert (len(upstream.batches), upstream.lines_run, journal.read()) == (2, 4, {})
+
+    def test_only_on_request_is_one_forgotten(self, upstream: BatchServer) -> None:
+        def spoil(batch: dict[str, Any]) -> None:
+            del upstream.files[batch["output_file_id"]]
+
+        with pytest.raises(BackendError, match=r"is gone: .*No such File object: file-2"):
+            self.collect(upstream, spoil)
+        assert len(self.journal.read()) == 1
+        assert batched(upstream).cancel(self.journal) == []
+        assert self.journal.read() == {}
+
+    def test_a_lost_creation_is_found_where_no_metadata_are_kept(
+        self, upstream: BatchServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("proxyprompt.backends._openai_connection._FIRST_PAUSE", 0.01)
+        create = upstream.create
+        monkeypatch.setattr(upstream, "create", lambda body: create({**body, "metadata": None}))
+        upstream.cut_creation = 1
+        self.check(upstream, self.collect(upstream, lambda batch: None))
+
+    def test_an_answer_that_is_no_batch(self, upstream: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(upstream, "look", lambda name: {"html": "sign in"})
+        with pytest.raises(RetryableBackendError, match="nothing readable of the batch batch_1"):
+            self.collect(upstream, lambda batch: None)
+        assert len(self.journal.read()) == 1
+
+
+def _keyed(journal: MemoryJournal, first: int) -> MemoryJournal:
+    journal.keys = journal.keys[first : first + 2]
+    return journal

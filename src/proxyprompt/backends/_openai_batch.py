@@ -12,16 +12,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from proxyprompt.errors import BackendError, RetryableBackendError
 
+from ._openai_account import OVER, STOPPED, content, is_gone, list_batches, retrieve
 from ._openai_asking import Asker, failed, read_score
 from ._openai_connection import Call, Connection
 from ._openai_jobs import Job, read_jobs
 from ._openai_labels import UnreadableAnswerError, read_texts
+from ._openai_replies import Refusal, read_replies
 from ._openai_wire import PATHS, Endpoint, read_answer
 from .base import (
     GenerateRequest,
@@ -34,7 +36,6 @@ from .base import (
 )
 
 _TAG = "proxyprompt"
-_OVER = frozenset({"completed", "expired", "cancelled", "failed"})
 _MOST_BYTES = 190_000_000
 _LONG_PAST = 40 * 86_400.0
 """Seconds after which an entry of the journal is dropped: providers keep results for 30 days."""
@@ -101,6 +102,7 @@ class Batches(Generic[_Request, _Result]):
         self._index = {key: index for index, key in enumerate(journal.keys)}
         self._jobs: dict[str, Job] = {}
         self._sent: dict[int, int] = {}
+        self._lost: dict[int, int] = {}
 
     def resume(self) -> set[int]:
         """Take up the jobs of the journal that concern this call; gives the indices they cover."""
@@ -113,7 +115,7 @@ class Batches(Generic[_Request, _Result]):
                 continue
             if job.batch is None:
                 # Its sender died on the way; the provider may have accepted it all the same.
-                job.batch = self._find(job.name)
+                job.batch = self._find(job)
                 if job.batch is None:
                     self._journal.write(job.name, None)
                     continue
@@ -150,19 +152,30 @@ class Batches(Generic[_Request, _Result]):
     def collect(self) -> Iterator[list[tuple[int, _Result]]]:
         """Wait for all batches, yield the results of each when it is over, send again what expired."""
         started = time.monotonic()
+        gone: BackendError | None = None
         while self._jobs:
             again: list[int] = []
             for job in list(self._jobs.values()):
-                status = self._status(job)
-                if status.status not in _OVER:
+                try:
+                    status = self._status(job)
+                    over = status.status in OVER
+                    refused = status.status == "failed" and not status.output_file_id
+                    block, unanswered = self._results(job, status) if over and not refused else ([], [])
+                except BackendError as error:
+                    if not is_gone(error):
+                        raise
+                    # The others are collected first.
+                    gone = gone or self._gone(job, error)
+                    del self._jobs[job.name]
                     continue
-                if status.status == "failed":
+                if not over:
+                    continue
+                if refused:
                     self._journal.write(job.name, None)
                     refusal = self._refused(job, status)
                     mine = [self._index[key] for key in job.left() if key in self._index]
                     yield [(index, self._failed(index, refusal.message)) for index in mine]
                     raise refusal
-                block, unanswered = self._results(job, status)
                 if block:
                     yield block
                 # The caller has made them durable by now.
@@ -179,6 +192,8 @@ class Batches(Generic[_Request, _Result]):
                 continue
             if self._jobs:
                 self._pause(started)
+        if gone is not None:
+            raise gone
 
     def _pause(self, started: float) -> None:
         wait = self._terms.wait
@@ -238,7 +253,7 @@ class Batches(Generic[_Request, _Result]):
         job.save(self._journal)
         upload = (f"{job.name}.jsonl", b"".join(lines), "application/jsonl")
         try:
-            job.file = self._do(lambda client: client.files.create(file=upload, purpose="batch")).id
+            job.file = self._do(lambda client: client.files.create(file=upload, purpose="batch"))
         except BackendError as error:
             # A file is no batch: whatever became of it, nothing is billed.
             yield self._unsent(job, indices, error)
@@ -255,7 +270,7 @@ class Batches(Generic[_Request, _Result]):
 
         # A creation that got no answer may have happened: it is looked for before it is repeated.
         try:
-            job.batch = self._do(create, otherwise=lambda: self._find(job.name))
+            job.batch = self._do(create, otherwise=lambda: self._find(job))
         except RetryableBackendError:
             raise  # it may be there all the same; a later run looks for it
         except BackendError as error:
@@ -269,7 +284,8 @@ class Batches(Generic[_Request, _Result]):
         self._journal.write(job.name, None)
         return [(index, self._failed(index, error.message)) for index in indices]
 
-    def _do(self, work: Callable[[Any], Any], otherwise: Callable[[], str | None] | None = None) -> Any:
+    def _do(self, work: Callable[[Any], Any], otherwise: Callable[[], str | None] | None = None) -> str:
+        """Make something, and give its id; ``otherwise`` finds it where the answer was lost."""
         found: list[str] = []
 
         def check() -> bool:
@@ -278,18 +294,21 @@ class Batches(Generic[_Request, _Result]):
             return bool(found)
 
         result = self._connection.manage(work, check if otherwise is not None else None)
-        if otherwise is None:
-            return result
-        return found[0] if found else result.id
+        name = found[0] if found else getattr(result, "id", None)
+        if not isinstance(name, str) or not name:
+            raise RetryableBackendError("The server made a file or a batch without a name.")
+        return name
 
-    def _find(self, name: str) -> str | None:
-        """The id of the batch that carries a job's name, among the newest ones of the account."""
+    def _find(self, job: Job) -> str | None:
+        """The id of the batch that carries a job's name or file, among the newest ones of the account."""
         after: str | None = None
         for _ in range(20):
             more = {"after": after} if after else {}
-            page = self._connection.manage(partial(_list, more))
+            page = self._connection.manage(partial(list_batches, more))
             for batch in page.data:
-                if (batch.metadata or {}).get(_TAG) == name:
+                # Some providers keep no metadata; the file of a job is used once.
+                tagged = (getattr(batch, "metadata", None) or {}).get(_TAG) == job.name
+                if tagged or (job.file is not None and getattr(batch, "input_file_id", None) == job.file):
                     return str(batch.id)
             if not page.data or not getattr(page, "has_more", False):
                 return None
@@ -297,15 +316,31 @@ class Batches(Generic[_Request, _Result]):
         return None
 
     def _status(self, job: Job) -> Any:
-        try:
-            return self._connection.manage(partial(_retrieve, str(job.batch)))
-        except BackendError as error:
-            if "HTTP 404" in str(error):
-                self._journal.write(job.name, None)
-            raise
+        status = self._connection.manage(partial(retrieve, str(job.batch)))
+        if not isinstance(getattr(status, "status", None), str):
+            raise RetryableBackendError(f"The server said nothing readable of the batch {job.batch}.")
+        return status
+
+    def _gone(self, job: Job, error: BackendError) -> BackendError:
+        """What to say of a batch, or of its results, that the server does not know.
+
+        The entry stays: with another key the server may know it, and dropped it would be bought again.
+        """
+        when = time.strftime("%Y-%m-%d", time.gmtime(job.created))
+        hint = (
+            "Use the key and the project that sent it. If it is gone for good, cancel_batches() of the Meter (cancel() of "
+            "the backend) forgets it; its requests are then sent again."
+        )
+        if time.time() - job.created > _LONG_PAST:
+            self._journal.write(job.name, None)
+            hint = "It is too old to be kept anywhere: run again, and its requests are sent again."
+        return BackendError(
+            f"The batch {job.batch} of {when}, with {len(job.left())} requests to collect, is gone: {error.message}",
+            hint=hint,
+        )
 
     def _refused(self, job: Job, status: Any) -> BackendError:
-        told = [item.message for item in (status.errors.data or [])] if status.errors else []
+        told = [getattr(item, "message", item) for item in getattr(status.errors, "data", None) or []]
         reason = self._connection.clean("; ".join(map(str, told[:3])) or "no reason given")
         return BackendError(
             f"The provider refused the batch {job.batch} of {len(job.keys)} requests: {reason}.",
@@ -314,46 +349,43 @@ class Batches(Generic[_Request, _Result]):
 
     def _results(self, job: Job, status: Any) -> tuple[list[tuple[int, _Result]], list[int]]:
         """What a batch that is over brought, and which requests are worth sending again."""
-        replies: dict[str, Mapping[str, Any]] = {}
-        for file in (status.output_file_id, status.error_file_id):
-            if file:
-                content = self._connection.manage(partial(_content, file)).content
-                replies.update(_replies(content))
+        files = [file for file in (status.output_file_id, status.error_file_id) if file]
+        replies = read_replies([self._connection.manage(partial(content, file)).content for file in files])
+        complete = status.status == "completed"
         block: list[tuple[int, _Result]] = []
         again: list[int] = []
         for key in job.left():
             index = self._index.get(key)
             if index is None:
                 continue
-            own = [replies.get(name) for name in job.custom_ids(key)]
-            answered = [
-                reply["body"] for reply in own if reply is not None and reply.get("status_code") == 200
-            ]
-            refused = next((r for r in own if r is not None and r.get("status_code") != 200), None)
+            names = job.custom_ids(key)
+            answered, refusal = replies.answers_of(names), replies.refusal_of(names)
+            lost = replies.unaccounted(names, complete=complete)
+            self._lost[index] = self._lost.get(index, 0) + lost
             if answered:
-                block.append((index, self._read(job, index, answered)))
-            elif (
-                status.status != "cancelled"
-                and self._passing(refused)
-                and self._tries(index) < self._terms.rounds
-            ):
+                block.append((index, self._counted(index, self._read(job, index, answered))))
+            elif status.status not in STOPPED and self._worth_sending(index, refusal, lost):
                 again.append(index)
             else:
                 reason = f"the batch {job.batch} is {status.status} without an answer to it"
-                block.append((index, self._failed(index, _told(refused) or reason)))
+                block.append((index, self._failed(index, refusal.reason if refusal else reason)))
         return block, again
 
-    def _tries(self, index: int) -> int:
-        return self._sent.get(index, 1)
+    def _worth_sending(self, index: int, refusal: Refusal | None, lost: int) -> bool:
+        """Whether to send a request again; one that may have been billed not more often than is allowed."""
+        if refusal is not None and not refusal.passes:
+            return False
+        if lost and self._lost[index] > self._connection.patience.paid_retries:
+            return False
+        return self._sent.get(index, 1) < self._terms.rounds
 
-    @staticmethod
-    def _passing(refused: Mapping[str, Any] | None) -> bool:
-        """Whether no answer came for a reason that passes: expired, overloaded, lost."""
-        code = None if refused is None else refused.get("status_code")
-        return code is None or code in (408, 409, 429, 500, 502, 503, 504, 529)
+    def _counted(self, index: int, result: Any) -> Any:
+        """A result with what was lost on the way to it."""
+        return replace(result, uncertain=result.uncertain + self._lost.get(index, 0))
 
     def _failed(self, index: int, reason: str) -> Any:
-        return failed(self._requests[index], self._connection.clean(reason), Call(_nothing, _NEVER))
+        result = failed(self._requests[index], self._connection.clean(reason), Call(_nothing, _NEVER))
+        return self._counted(index, result)
 
     def _read(self, job: Job, index: int, bodies: Sequence[Mapping[str, Any]]) -> Any:
         request = self._requests[index]
@@ -373,69 +405,6 @@ class Batches(Generic[_Request, _Result]):
         except UnreadableAnswerError as error:
             call = Call(_nothing, _NEVER, usage=error.usage or usage, uncertain=error.uncertain)
             return failed(request, self._connection.clean(str(error)), call)
-
-
-def cancel(connection: Connection, journal: Journal) -> list[str]:
-    """Ask the provider to stop all batches of a journal; what they have answered is still collected by the next run.
-
-    Returns
-    -------
-    list of str
-        Ids of the batches that were still at work.
-    """
-    stopped = []
-    for job in read_jobs(journal):
-        if job.batch is None:
-            continue
-        status = connection.manage(partial(_retrieve, job.batch))
-        if status.status not in _OVER:
-            connection.manage(partial(_cancel, job.batch))
-            stopped.append(job.batch)
-    return stopped
-
-
-def _list(more: Mapping[str, str], client: Any) -> Any:
-    return client.batches.list(limit=100, **more)
-
-
-def _retrieve(batch: str, client: Any) -> Any:
-    return client.batches.retrieve(batch)
-
-
-def _cancel(batch: str, client: Any) -> Any:
-    return client.batches.cancel(batch)
-
-
-def _content(file: str, client: Any) -> Any:
-    return client.files.content(file)
-
-
-def _replies(content: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Name and ``{"status_code", "body"}`` (or an error) of each line of a file of results; odd lines are left out."""
-    for line in content.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("custom_id"), str):
-            continue
-        response, error = entry.get("response"), entry.get("error")
-        if isinstance(response, dict) and isinstance(response.get("body"), dict):
-            yield entry["custom_id"], response
-        else:
-            yield entry["custom_id"], {"error": error}
-
-
-def _told(refused: Mapping[str, Any] | None) -> str | None:
-    """The error of a reply, in words."""
-    if refused is None:
-        return None
-    body, error = refused.get("body"), refused.get("error")
-    if isinstance(body, dict) and isinstance(body.get("error"), dict):
-        error = body["error"]
-    message = error.get("message") if isinstance(error, dict) else None
-    code = refused.get("status_code")
-    return (f"HTTP {code}: " if code else "") + str(message or "the batch gave no answer to it")
 
 
 _NEVER = threading.Event()

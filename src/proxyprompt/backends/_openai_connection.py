@@ -147,7 +147,7 @@ class Connection:
         self._given = client
         self._timeout = timeout
         self._concurrency = concurrency
-        self._patience = patience
+        self.patience = patience
         self._lock = threading.Lock()
         self._failed_in_a_row = 0
         self._sdk: Any = None
@@ -244,7 +244,7 @@ class Connection:
         if call.stopped.is_set() and call.usage == Usage() and not call.uncertain:
             raise UnsentError  # what has cost something already is finished
         call.unsettled += 1
-        deadline = time.monotonic() + self._patience.max_wait
+        deadline = time.monotonic() + self.patience.max_wait
         tries = lost = 0
         while True:
             tries += 1
@@ -285,7 +285,7 @@ class Connection:
             if billed:
                 lost += 1
                 call.uncertain += 1
-            spent = tries >= self._patience.tries or (billed and lost > self._patience.paid_retries)
+            spent = tries >= self.patience.tries or (billed and lost > self.patience.paid_retries)
             call.unsettled -= 1
             if spent or call.stopped.is_set():
                 raise self._gave_up(f"{reason} after {_times(tries)}")
@@ -295,7 +295,7 @@ class Connection:
             if time.monotonic() + pause > deadline:
                 wish = "" if asked is None else f", asked to wait {asked:g} s"
                 raise self._gave_up(
-                    f"{reason} after {_times(tries)}{wish}; max_wait={self._patience.max_wait:g} s"
+                    f"{reason} after {_times(tries)}{wish}; max_wait={self.patience.max_wait:g} s"
                 )
             await self._rest(pause, call)
             if billed:
@@ -339,7 +339,7 @@ class Connection:
                 pause, _, reason = self._after_connection(error)
             if done is not None and done():
                 return None
-            if tries >= self._patience.tries or (pause or 0) > self._patience.max_wait:
+            if tries >= self.patience.tries or (pause or 0) > self.patience.max_wait:
                 raise RetryableBackendError(
                     f"{self.model!r} at {self.public_url}: {reason} after {_times(tries)}.",
                     hint="What is under way is written down; run again when the server is back.",

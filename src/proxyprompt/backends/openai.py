@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from proxyprompt.errors import BackendError, InputError
 
+from ._openai_account import cancel
 from ._openai_asking import Asker, Manner, checked_evidence, failed
-from ._openai_batch import Batches, BatchTerms, cancel
+from ._openai_batch import Batches, BatchTerms
 from ._openai_connection import Call, CallFailedError, Connection, Patience
 from ._openai_flow import Flow
 from ._openai_jobs import under_way
@@ -333,6 +334,9 @@ class OpenAIBackend:
 
     def cancel(self, journal: Journal) -> list[str]:
         """Ask the provider to stop the batches of a journal; what they have answered is collected by the next run.
+
+        Batches that the provider does not know, or whose results it has deleted, are forgotten;
+        their requests are sent again when they are asked for.
 
         Returns
         -------
