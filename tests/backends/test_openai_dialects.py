@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proxyprompt.backends._openai_faults import classify, error_words
+from proxyprompt.backends._openai_wire import read_usage
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
 
@@ -224,3 +225,22 @@ def test_a_server_with_one_id_for_all_its_answers(server: Scripted) -> None:
     results = in_order(backend(server, concurrency=1).generate([turns(k) for k in range(5)]), 5)
     assert [r.text for r in results] == ["ok"] * 5
     assert [r.uncertain for r in results] == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_cache_hit_tokens": 5}, (5, 0)),
+        ({"cached_tokens": 5, "prompt_tokens_details": None}, (5, 0)),
+        ({"cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}, (5, 3)),
+        ({"prompt_tokens_details": {"cached_tokens": 4}, "cached_tokens": 5}, (4, 0)),
+        ({"prompt_tokens_details": None, "input_tokens_details": {"cached_tokens": "4"}}, (4, 0)),
+        ({"prompt_tokens_details": {"cached_tokens": 4.0, "cache_write_tokens": 2}}, (4, 2)),
+        ({"prompt_tokens_details": {"cached_tokens": 4.5}}, (0, 0)),
+    ],
+)
+def test_cached_tokens_by_their_other_names(usage: dict[str, Any], expected: tuple[int, int]) -> None:
+    for prompt in (9, "9", 9.0):
+        read = read_usage({"prompt_tokens": prompt, "completion_tokens": "2", **usage})
+        assert (read.cached_tokens, read.cache_write_tokens) == expected
+        assert (read.prompt_tokens, read.completion_tokens) == (9, 2)

@@ -134,7 +134,7 @@ def test_usage_and_model() -> None:
     read = read_answer({"choices": [{"text": "x"}], "usage": details, "model": "m", "id": 1}, "completions")
     assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.cached_tokens) == (9, 1, 4)
     assert (read.first.text, read.model, read.first.path) == ("x", "m", None)
-    odd = {"prompt_tokens": "9", "completion_tokens": None, "prompt_tokens_details": None}
+    odd = {"prompt_tokens": "nine", "completion_tokens": None, "prompt_tokens_details": None}
     read = read_answer({"choices": [{"message": None}], "usage": odd, "model": 3}, "chat")
     assert read.usage.prompt_tokens == read.usage.completion_tokens == 0
     assert (read.first.text, read.model) == (None, None)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import openai
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
@@ -218,6 +219,29 @@ def test_tracebacks_and_representations(server: Scripted, monkeypatch: pytest.Mo
     shown = "".join(traceback.format_exception(caught.value)) + repr(model) + json.dumps(dict(model.identity))
     for secret in (key, PASSWORD, QUERY):
         assert not [f for f in forms(secret) if f in shown.encode()]
+
+
+def test_credentials_in_headers_and_query_of_the_users_client(server: Scripted) -> None:
+    canaries = ["CANARYgateway0key1", "CANARYquery2sig3", "CANARYazure4token5", "CANARYbearer6only7"]
+    client = openai.AzureOpenAI(
+        base_url=server.url,
+        azure_ad_token=canaries[2],
+        api_version="2026-01-01",
+        default_headers={
+            "Ocp-Apim-Subscription-Key": canaries[0],
+            "X-Auth": f"Bearer {canaries[3]}",
+            "X-Team": "no secret",
+        },
+        default_query={"sig-token": canaries[1]},
+    )
+    said = " ".join(f"invalid: {canary}" for canary in canaries) + " of no secret at 2026-01-01"
+    server.reply = lambda body: (401, {"error": {"message": said}})
+    with pytest.raises(BackendError) as caught:
+        list(OpenAIBackend("m", client=client).score([ScoreRequest("p", (" yes", " no"))]))
+    client.close()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert not [canary for canary in canaries for f in forms(canary) if f in shown.encode()]
+    assert "invalid: *** of no secret at 2026-01-01" in shown
 
 
 def test_redaction_leaves_words_alone() -> None:

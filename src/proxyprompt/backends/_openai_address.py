@@ -154,6 +154,20 @@ def credentials(url: str) -> list[str]:
     return [text for part in found for text in dict.fromkeys((part, unquote(part))) if text]
 
 
+_TELLING = re.compile(r"(?i)key|token|secret|auth|pass|cookie|credential|signature")
+
+
+def secrets_of(client: Any) -> list[str]:
+    """Credentials that an ``openai`` client sends: its key, an Azure token, and what it was given in headers and query."""
+    found = [getattr(client, "api_key", None), getattr(client, "_azure_ad_token", None)]
+    for fields in (getattr(client, "_custom_headers", None), getattr(client, "_custom_query", None)):
+        items = fields.items() if isinstance(fields, Mapping) else ()
+        found += [value for name, value in items if _TELLING.search(str(name))]
+    texts = [text for text in found if isinstance(text, str)]
+    # "Bearer abc" is repeated as "abc", too.
+    return [form for text in texts for form in dict.fromkeys((text, text.rpartition(" ")[2]))]
+
+
 def _pairs(query: str) -> list[tuple[str, str, str]]:
     return [field.partition("=") for field in query.split("&")]
 

@@ -20,7 +20,16 @@ from typing import Any, TypeVar
 from proxyprompt._require import require
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 
-from ._openai_address import PeerCheck, check_address, check_lookup, credentials, one_line, public_url, redact
+from ._openai_address import (
+    PeerCheck,
+    check_address,
+    check_lookup,
+    credentials,
+    one_line,
+    public_url,
+    redact,
+    secrets_of,
+)
 from ._openai_faults import classify, error_name, error_words, read_allowance, retry_after
 from ._openai_loop import Loop
 from ._openai_mixups import Answered
@@ -452,8 +461,7 @@ class Connection:
         return one_line(self._redacted(text))
 
     def _redacted(self, text: str) -> str:
-        key = getattr(self._client, "api_key", None)
-        return redact(text, [*([key] if isinstance(key, str) else []), *credentials(self._url)])
+        return redact(text, [*secrets_of(self._client), *credentials(self._url)])
 
 
 OPTIONAL = frozenset({"logprobs", "temperature", "max_tokens", "n", "prompt_cache_key"})

@@ -29,6 +29,8 @@ PATHS: Mapping[str, str] = {
 _NOT_LISTED = -9999.0
 """OpenAI's sentinel for "outside the listed tokens"; it is not a log-probability."""
 
+_CACHED = ("prompt_cache_hit_tokens", "cached_tokens", "cache_read_input_tokens")
+
 _ROUNDING = 1e-4
 """A log-probability above zero by less than this is float32 rounding; above it, nonsense."""
 
@@ -272,12 +274,16 @@ def read_usage(usage: object) -> Usage:
     def count(holder: object, *keys: str) -> int:
         for key in keys:
             value = holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(value, str) and value.isascii() and value.isdigit():
+                value = int(value[:20])
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
         return 0
 
     def part(*keys: str) -> object:
-        return next((usage[k] for k in keys if isinstance(usage, dict) and k in usage), None)
+        return next((usage[k] for k in keys if isinstance(usage, dict) and usage.get(k)), None)
 
     taken = part("prompt_tokens_details", "input_tokens_details")
     made = part("completion_tokens_details", "output_tokens_details")
@@ -288,7 +294,8 @@ def read_usage(usage: object) -> Usage:
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=count(usage, "completion_tokens", "output_tokens"),
-        cached_tokens=min(count(taken, "cached_tokens"), prompt),
-        cache_write_tokens=count(taken, "cache_write_tokens"),
+        # OpenAI, vLLM and llama.cpp put the number into the details, DeepSeek, Moonshot and LiteLLM beside the total.
+        cached_tokens=min(count(taken, "cached_tokens") or count(usage, *_CACHED), prompt),
+        cache_write_tokens=count(taken, "cache_write_tokens") or count(usage, "cache_creation_input_tokens"),
         reasoning_tokens=count(made, "reasoning_tokens"),
     )
