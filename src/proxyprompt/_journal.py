@@ -61,10 +61,13 @@ class LedgerJournal:
     keys : sequence of str
         Their names in the file, which the backend writes down: keyed hashes unless the ledger keeps texts, as a plain hash
         of a short text could be found by trying.
+    former_keys : sequence of str
+        Their names in entries that the second schema wrote to such a ledger; none where they are the same.
     """
 
     def __init__(self, ledger: Ledger, owner: str, keys: Sequence[str]) -> None:
         self.keys: Sequence[str] = [ledger.stored_name(key).hex() for key in keys]
+        self.former_keys: Sequence[str] = () if ledger.store == "full" else tuple(keys)
         self._ledger = ledger
         self._owner = owner
         with ledger.transaction() as connection:

@@ -228,7 +228,7 @@ def prune(
     runs : sequence of str
         All calls of these runs.
     before : float, optional
-        All calls older than this, in seconds since 1970.
+        All calls older than this, in seconds since 1970, and notes of batches that nobody has collected since.
     quarantine : bool
         What was set aside as damaged. Limits no longer count the damaged calls then.
     dry : bool
@@ -294,6 +294,9 @@ def prune(
             names = {
                 row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             }
+            if before is not None and "journal" in names:
+                # Batches that nobody has collected; providers keep what they answered for some weeks only.
+                connection.execute("DELETE FROM journal WHERE written_at < ?", (before,))
             for table in {"query_use", "spent"} & names:
                 # Both are lists of runs; a run that still has calls keeps its rows.
                 connection.executemany(

@@ -172,6 +172,54 @@ class TestResuming:
             assert (totals.done, totals.unknown, totals.open) == (6, 0, 0)
         assert (len(account.batches), account.lines_run, len(account.live)) == (1, 5, 1)
 
+    @pytest.mark.parametrize("mode", ["full", "hash", "encrypted"])
+    def test_a_batch_that_an_earlier_version_wrote_down_is_collected(
+        self, account: BatchServer, tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second schema named requests by their plain keys, in its journal and to the provider."""
+        monkeypatch.setenv("PROXYPROMPT_LEDGER_KEY", "ab" * 32)
+        account.looks = 10**9
+
+        class Plain(LedgerJournal):
+            def __init__(self, ledger: Ledger, owner: str, keys: Any) -> None:
+                super().__init__(ledger, owner, keys)
+                self.keys, self.former_keys = list(keys), ()
+
+            def take_over(self, indices: Any) -> None:
+                assert not indices
+
+        with Ledger(tmp_path / "l.db", store=mode) as ledger, monkeypatch.context() as patch:
+            patch.setattr("proxyprompt.metering.LedgerJournal", Plain)
+            with pytest.raises(RetryableBackendError):
+                meter(account, ledger, batch_wait=0.05).score(REQUESTS, stage="s")
+        account.looks = 1
+        with Ledger(tmp_path / "l.db") as ledger:
+            # Some now, in another order, and the rest later.
+            for some in (REQUESTS[4:2:-1], REQUESTS):
+                assert all(r.error is None for r in meter(account, ledger).score(some, stage="s"))
+            totals = ledger.totals(run="r")
+            assert (totals.done, totals.taken_over, totals.unknown, totals.open) == (6, 5, 0, 0)
+            with ledger.transaction() as connection:
+                assert connection.execute("SELECT count(*) FROM journal").fetchone() == (0,)
+        assert (len(account.batches), account.lines_run, len(account.live)) == (1, 5, 1)
+
+    def test_a_clock_that_was_wrong_loses_no_batch(
+        self, account: BatchServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Sent by a machine that took the year for 1970; others ask for something else before it is collected."""
+        account.looks = 10**9
+        with Ledger(tmp_path / "l.db") as ledger:
+            with monkeypatch.context() as patch:
+                patch.setattr("proxyprompt.backends._openai_batch.time.time", lambda: 5.0)
+                with pytest.raises(RetryableBackendError):
+                    meter(account, ledger, batch_wait=0.05).score(REQUESTS, stage="s")
+            account.looks = 1
+            other = [ScoreRequest(f"{SHOTS}Review: {n}\nSentiment:", LABELS) for n in range(2)]
+            assert all(r.error is None for r in meter(account, ledger).score(other, stage="s"))
+            assert all(r.error is None for r in meter(account, ledger).score(REQUESTS, stage="s"))
+        # The second one is for the other requests, of which the first finds out what the server can.
+        assert (len(account.batches), account.lines_run) == (2, 5 + 1)
+
     def test_a_process_that_is_killed_while_it_waits(self, account: BatchServer, tmp_path: Path) -> None:
         account.looks = 10**9
         script = (

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from proxyprompt._journal import LedgerJournal
 from proxyprompt._ledger_calls import change, learn_seal
 from proxyprompt.backends.base import ScoreRequest, Usage
 from proxyprompt.cli import main
@@ -206,3 +207,14 @@ def test_what_is_no_ledger_ends_with_the_ledgers_code(tmp_path: Path) -> None:
     assert done.exit_code == 6
     assert "There is no ledger" in done.stderr
     assert not (tmp_path / "none.db").exists()
+
+
+def test_pruning_by_date_drops_notes_of_old_batches_only(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.db") as ledger:
+        journal = LedgerJournal(ledger, "o", [])
+        journal.write("old", "{}")
+        journal.write("new", "{}")
+        with ledger.transaction() as connection:
+            connection.execute("UPDATE journal SET written_at = 5 WHERE name = 'old'")
+        prune(ledger, runs=[], before=6)
+        assert list(journal.read()) == ["new"]

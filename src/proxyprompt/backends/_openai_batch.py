@@ -21,7 +21,7 @@ from proxyprompt.errors import BackendError, RetryableBackendError
 from ._openai_account import OVER, STOPPED, content, is_gone, list_batches, retrieve
 from ._openai_asking import Asker, failed, read_score
 from ._openai_connection import Call, Connection
-from ._openai_jobs import Job, read_jobs
+from ._openai_jobs import Job, positions, read_jobs
 from ._openai_labels import UnreadableAnswerError, read_texts
 from ._openai_replies import Refusal, read_replies
 from ._openai_wire import PATHS, Endpoint, read_answer
@@ -38,7 +38,7 @@ from .base import (
 _TAG = "proxyprompt"
 _MOST_BYTES = 190_000_000
 _LONG_PAST = 40 * 86_400.0
-"""Seconds after which an entry of the journal is dropped: providers keep results for 30 days."""
+"""Seconds after which a batch that the server does not know is given up: providers keep results for 30 days."""
 
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
@@ -99,7 +99,7 @@ class Batches(Generic[_Request, _Result]):
         self._requests: Sequence[_Request] = requests
         self._endpoint: Callable[[_Request], Endpoint] = endpoint
         self._announce = announce
-        self._index = {key: index for index, key in enumerate(journal.keys)}
+        self._index = positions(journal)
         self._jobs: dict[str, Job] = {}
         self._sent: dict[int, int] = {}
         self._lost: dict[int, int] = {}
@@ -110,9 +110,7 @@ class Batches(Generic[_Request, _Result]):
         for job in read_jobs(self._journal):
             mine = [self._index[key] for key in job.left() if key in self._index]
             if not mine:
-                if time.time() - job.created > _LONG_PAST:
-                    self._journal.write(job.name, None)
-                continue
+                continue  # however old it seems: a clock may have been wrong, and what was paid for is not forgotten
             if job.batch is None:
                 # Its sender died on the way; the provider may have accepted it all the same.
                 job.batch = self._find(job)
@@ -155,6 +153,8 @@ class Batches(Generic[_Request, _Result]):
         gone: BackendError | None = None
         while self._jobs:
             again: list[int] = []
+            block: list[tuple[int, _Result]]
+            unanswered: list[int]
             for job in list(self._jobs.values()):
                 try:
                     status = self._status(job)
@@ -180,8 +180,8 @@ class Batches(Generic[_Request, _Result]):
                     yield block
                 # The caller has made them durable by now.
                 del self._jobs[job.name]
-                job.delivered += [self._journal.keys[index] for index, _ in block]
-                job.delivered += [self._journal.keys[index] for index in unanswered]
+                handled = {*(index for index, _ in block), *unanswered}
+                job.delivered += [key for key in job.left() if self._index.get(key) in handled]
                 if job.left():
                     job.save(self._journal)
                 else:

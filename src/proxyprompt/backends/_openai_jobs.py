@@ -55,7 +55,13 @@ def read_jobs(journal: Journal) -> list[Job]:
     return jobs
 
 
+def positions(journal: Journal) -> dict[str, int]:
+    """Where each key stands in ``journal.keys``, also under the name that an earlier version wrote down."""
+    former = getattr(journal, "former_keys", ())
+    return {key: index for keys in (former, journal.keys) for index, key in enumerate(keys)}
+
+
 def under_way(journal: Journal) -> list[int]:
     """Indices of the requests of ``journal.keys`` that an earlier process sent and nobody has collected."""
-    pending = {key for job in read_jobs(journal) for key in job.left()}
-    return [index for index, key in enumerate(journal.keys) if key in pending]
+    where = positions(journal)
+    return sorted({where[key] for job in read_jobs(journal) for key in job.left() if key in where})

@@ -264,6 +264,10 @@ class Journal(Protocol):
     ----------
     keys : sequence of str
         ``keys[i]`` names ``requests[i]`` of the batch, the same in every process: its key in the ledger.
+
+    Notes
+    -----
+    A journal may have ``former_keys`` too: what an earlier version called the same requests in its entries.
     """
 
     keys: Sequence[str]
