@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from proxyprompt.backends._openai_faults import classify, error_words
+from proxyprompt.backends._openai_faults import classify, error_words, read_allowance
 from proxyprompt.backends._openai_wire import read_usage
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
+from proxyprompt.errors import BackendError
 
 from .contract import in_order
 from .scripted_server import Reply, Scripted, scripted_server
@@ -184,6 +185,38 @@ class TestErrors:
         results = in_order(backend(server).generate([bad, good]), 2)
         assert results[0].error == "the prompt holds half a surrogate pair, which cannot be sent"
         assert (results[1].text, results[0].uncertain, len(server.requests)) == ("ok", 0, 1)
+
+
+class TestPauses:
+    @pytest.mark.parametrize(
+        "headers", [{"retry-after": "0"}, {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}]
+    )
+    def test_none_asked_for_is_the_usual_one(
+        self, server: Scripted, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+    ) -> None:
+        pauses: list[float] = []
+
+        async def sleep(seconds: float, stopped: object) -> None:
+            pauses.append(seconds)
+
+        monkeypatch.setattr("proxyprompt.backends._openai_connection._sleep", sleep)
+        server.replies = [(429, {"error": {"message": "slow down"}}, headers)]
+        assert in_order(backend(server, max_tries=4).score([CHAT]), 1)[0].error is not None
+        assert [low <= pause <= 2 * low for low, pause in zip((1, 2, 4), pauses, strict=True)] == [True] * 3
+
+    @pytest.mark.parametrize("reset", ["1764100030", "1764100030.0", "1764100030000"])
+    def test_resets_given_as_moments(self, reset: str) -> None:
+        headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": reset}
+        assert read_allowance(headers, now=1764100000.0).until_refilled == pytest.approx(30)
+        assert read_allowance(headers, now=1764200000.0).until_refilled is None
+        assert read_allowance({**headers, "x-ratelimit-reset-requests": "9" * 400}).until_refilled is None
+
+    def test_an_exhausted_quota_named_as_type_stops_the_run(self, server: Scripted) -> None:
+        error = {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": 429}
+        server.replies = [(429, {"error": error})]
+        with pytest.raises(BackendError, match="exceeded your current quota"):
+            list(backend(server).score([CHAT]))
+        assert len(server.requests) == 1
 
 
 class TestWithheld:

@@ -30,7 +30,7 @@ from ._openai_address import (
     redact,
     secrets_of,
 )
-from ._openai_faults import classify, error_name, error_words, read_allowance, retry_after
+from ._openai_faults import classify, error_code, error_name, error_words, read_allowance, retry_after
 from ._openai_loop import Loop
 from ._openai_mixups import Answered
 from ._openai_pace import Pace
@@ -343,7 +343,7 @@ class Connection:
                         f"{self.model!r} at {self.public_url}: {reason}",
                         hint=_HINTS.get(error.status_code, ""),
                     ) from None
-                pause = retry_after(error.response.headers)
+                pause = retry_after(error.response.headers) or None
             except self._sdk.APIConnectionError as error:
                 pause, _, reason = self._after_connection(error)
             if done is not None and done():
@@ -408,9 +408,9 @@ class Connection:
             raise fatal from (error if self._redacted(str(error)) == str(error) else None)
         if verdict.fault == "failed":
             raise CallFailedError(reason) from None
-        pause = retry_after(error.response.headers)
-        if pause is None:
-            pause = read_allowance(error.response.headers).until_refilled
+        # A pause of 0 is none: a date may lie in the past for a clock that goes wrong, and all tries would go at once.
+        headers = error.response.headers
+        pause = retry_after(headers) or read_allowance(headers).until_refilled or None
         self.pace.overloaded(sent_at, pause)
         return pause, verdict.fault == "maybe-billed", f"HTTP {status} ({message})"
 
@@ -489,7 +489,8 @@ def _asked_logprobs(body: Mapping[str, Any]) -> Any:
 
 def _said(error: Any) -> tuple[str, str | None, str | None]:
     """Message, code and parameter of an error of the SDK."""
-    return error_words(error.body, error.message), error_name(error.code), error_name(error.param)
+    code = error_code(error.code, error.type)
+    return error_words(error.body, error.message), code, error_name(error.param)
 
 
 def _check_client(client: Any) -> None:

@@ -108,6 +108,11 @@ def error_name(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def error_code(code: object, kind: object) -> str | None:
+    """The code of an error; some servers have it in ``type`` and a number, or nothing, in ``code``."""
+    return kind if isinstance(kind, str) and kind in _FATAL_CODES else error_name(code)
+
+
 def _names(field: str, text: str, param: str | None) -> bool:
     if param is not None:
         return param.rpartition(".")[2] == field
@@ -155,8 +160,12 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def read_allowance(headers: Mapping[str, str]) -> Allowance:
-    """The ``x-ratelimit-*`` headers; absent or odd ones are ``None``."""
+_MOMENT = 1e9
+"""A reset from here on is no span but a moment, in seconds since 1970; from a thousand times that in milliseconds."""
+
+
+def read_allowance(headers: Mapping[str, str], *, now: float | None = None) -> Allowance:
+    """The ``x-ratelimit-*`` headers; absent or odd ones are ``None``; ``now`` as in :func:`retry_after`."""
 
     def amount(name: str) -> int | None:
         value = headers.get(f"x-ratelimit-remaining-{name}", "")
@@ -164,8 +173,12 @@ def read_allowance(headers: Mapping[str, str]) -> Allowance:
 
     def reset(name: str) -> float | None:
         value = headers.get(f"x-ratelimit-reset-{name}", "")
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value)
+        if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", value):
+            number = float(value)
+            if number < _MOMENT:
+                return number
+            moment = number / 1000 if number >= 1000 * _MOMENT else number
+            return max(moment - (time.time() if now is None else now), 0.0)
         if not re.fullmatch(rf"(?:{_SPAN.pattern})+", value):
             return None
         return sum(float(number) * _UNITS[unit] for number, unit in _SPAN.findall(value))
