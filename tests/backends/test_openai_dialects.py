@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -137,6 +137,46 @@ class TestManyAtOnce:
         results = in_order(backend(server).generate([turns(k) for k in range(4)]), 4)
         assert [r.text for r in results] == ["ok"] * 4
         assert len(server.requests) == 5  # one of them in vain, not four
+
+    def test_no_call_asks_for_more_than_was_set_aside_when_it_was_marked(self, server: Scripted) -> None:
+        model = backend(server, concurrency=2)
+        requests = [turns(k) for k in range(12)]
+        aside: dict[int, list[int]] = {}
+
+        class Books:
+            """Sets money aside as the ledger does: once a request is marked ahead, not again when it leaves."""
+
+            def __init__(self) -> None:
+                self.marked: set[int] = set()
+
+            def __call__(self, indices: Sequence[int]) -> None:
+                for index in indices:
+                    if index in self.marked:
+                        self.marked.remove(index)
+                    else:
+                        aside.setdefault(index, []).append(model.most_completion_tokens(requests[index]))
+
+            def soon(self, indices: Sequence[int]) -> None:
+                for index in set(indices) - set(aside):
+                    self.marked.add(index)
+                    aside[index] = [model.most_completion_tokens(requests[index])]
+
+            def ready(self, index: int) -> bool:
+                return index in self.marked
+
+        def answer(body: dict[str, Any]) -> Reply:
+            cut = body["messages"][0]["content"] != "u0" and body["max_tokens"] == 8
+            return reply({"content": "" if cut else "ok"}, finish="length" if cut else "stop")
+
+        server.reply = answer
+        assert [r.text for r in in_order(model.generate(requests, on_send=Books()), 12)] == ["ok"] * 12
+        asked: dict[int, list[int]] = {}
+        for _, body in server.requests:
+            asked.setdefault(int(body["messages"][0]["content"][1:]), []).append(body["max_tokens"])
+        assert all(
+            most <= set_aside for k in asked for most, set_aside in zip(asked[k], aside[k], strict=True)
+        )
+        assert [8 + 4096] in aside.values()  # later ones know
 
 
 class TestErrors:

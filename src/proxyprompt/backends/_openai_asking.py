@@ -87,11 +87,19 @@ class Asker:
     # -- what is sent
 
     def fields(
-        self, prompt: Rendered, endpoint: Endpoint, limit: int, *, cache_key: str | None = None, **more: Any
+        self,
+        prompt: Rendered,
+        endpoint: Endpoint,
+        limit: int,
+        *,
+        cache_key: str | None = None,
+        call: Call | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
-        """The body of a request, as far as the endpoint is known to take it."""
+        """The body of a request, as far as the endpoint is known to take it; ``call``: announced with or without room."""
         traits = self.traits(endpoint)
-        limit += self.manner.reasoning_tokens if traits.reasons else 0
+        roomy = traits.reasons if call is None else call.roomy
+        limit += self.manner.reasoning_tokens if roomy else 0
         body = {
             "model": self.manner.model,
             **prompt_fields(prompt, endpoint),
@@ -118,12 +126,22 @@ class Asker:
         return self.fields(request.prompt, endpoint, limit, cache_key=cache_key, **more)
 
     def text_fields(
-        self, request: GenerateRequest, endpoint: Endpoint, cache_key: str | None = None
+        self,
+        request: GenerateRequest,
+        endpoint: Endpoint,
+        cache_key: str | None = None,
+        call: Call | None = None,
     ) -> dict[str, Any]:
         """The body of a request for text."""
         stop = {"stop": list(request.stop)} if request.stop else {}
         return self.fields(
-            request.prompt, endpoint, request.max_tokens, cache_key=cache_key, temperature=0, **stop
+            request.prompt,
+            endpoint,
+            request.max_tokens,
+            cache_key=cache_key,
+            call=call,
+            temperature=0,
+            **stop,
         )
 
     def _logprobs(self, endpoint: Endpoint) -> dict[str, Any]:
@@ -135,7 +153,6 @@ class Asker:
         """Send what ``body()`` makes; without a field that the server refuses, again and for good."""
         traits = self.traits(endpoint)
         while True:
-            call.roomy = traits.reasons
             fields = body()
             try:
                 answer = read_answer(await self._connection.post(endpoint, fields, call), endpoint)
@@ -158,8 +175,9 @@ class Asker:
                 )
                 return answer
 
-    async def _again(self, call: Call) -> None:
+    async def _again(self, call: Call, endpoint: Endpoint) -> None:
         """One more call for the same request: it costs money, so it is announced."""
+        call.roomy = self.traits(endpoint).reasons
         await self._connection.in_thread(call.announce)
         self._connection.pace.take(call.expected)
 
@@ -179,7 +197,7 @@ class Asker:
                     return await self._by_logprobs(request, endpoint, call, cache_key)
                 if evidence == "decisions":
                     if answer is not None:
-                        await self._again(call)
+                        await self._again(call, endpoint)
                     return await self._by_decision(request, endpoint, call)
                 return await self._by_texts(request, endpoint, call, cache_key, answer)
             except NoLogprobsError as error:
@@ -222,7 +240,7 @@ class Asker:
                 if limit >= most or len(path) < limit:
                     raise
                 limit = traits.room[candidates] = most
-                await self._again(call)
+                await self._again(call, endpoint)
             else:
                 return ScoreResult(
                     values,
@@ -244,7 +262,13 @@ class Asker:
         def body() -> dict[str, Any]:
             more = self._logprobs(endpoint)
             return self.fields(
-                request.prompt, endpoint, limit, cache_key=cache_key, temperature=temperature, **more
+                request.prompt,
+                endpoint,
+                limit,
+                cache_key=cache_key,
+                call=call,
+                temperature=temperature,
+                **more,
             )
 
         try:
@@ -306,7 +330,7 @@ class Asker:
         while len(texts) + failed < wanted:
             if answer is None:
                 if sent:
-                    await self._again(call)
+                    await self._again(call, endpoint)
                 sent += 1
                 left = wanted - len(texts) - failed
                 # Several samples of one prompt: by one call where the server makes them, else by as many calls.
@@ -321,6 +345,7 @@ class Asker:
                             endpoint,
                             limit,
                             cache_key=cache_key,
+                            call=call,
                             temperature=temperature,
                             **many,
                         ),
@@ -366,10 +391,12 @@ class Asker:
     ) -> GenerateResult:
         """A text, cut before any stop text."""
         while True:
-            answer = await self._send(endpoint, call, lambda: self.text_fields(request, endpoint, cache_key))
+            answer = await self._send(
+                endpoint, call, lambda: self.text_fields(request, endpoint, cache_key, call)
+            )
             if not self._reasoned_it_all_away(answer, endpoint, call):
                 return self.read_text(request, answer, call)
-            await self._again(call)
+            await self._again(call, endpoint)
 
     @staticmethod
     def read_text(request: GenerateRequest, answer: Answer, call: Call) -> GenerateResult:

@@ -109,7 +109,7 @@ class Call:
     fingerprint: str | None = None
     unsettled: int = 0
     roomy: bool = False
-    """Whether the last body left room for reasoning."""
+    """Whether the call was announced with room for reasoning, so that its body may ask for it."""
 
     @property
     def settled(self) -> bool:

@@ -57,18 +57,22 @@ class Flow:
     connection : Connection
     note : callable
         Told of the results of each block; an error that it gives ends the batch after the block.
+    roomy : callable
+        Whether a call that is announced now is announced with room for reasoning.
     """
 
     def __init__(
         self,
         connection: Connection,
         note: Callable[[Iterator[ScoreResult | GenerateResult]], BackendError | None],
+        roomy: Callable[[ScoreRequest | GenerateRequest], bool] = lambda request: False,
     ) -> None:
         self._connection = connection
         self._pace = connection.pace
         self._note = note
         self._lock = threading.Lock()
         self._flying = 0  # over all batches that callers' threads have under way
+        self._roomy = roomy
         self.at_once = False
         """Whether a request is asked at once now, at the full price, although the rest goes in batches."""
 
@@ -84,7 +88,7 @@ class Flow:
         if not requests:
             return
         self._connection.open()
-        order = _Turns(Order([request.prompt for request in requests]))
+        order = _Turns(Order([request.prompt for request in requests]), lambda k: self._roomy(requests[k]))
         flying: dict[Future[_Result], tuple[int, Call]] = {}
         unsent: list[int] = []
         stopped = threading.Event()
@@ -203,6 +207,7 @@ class Flow:
                 if max(self._flying, len(flying) + len(leaving)) >= width:
                     break
                 self._flying += 1
+            order.settle(1)
             order.take()
             expected = len(flat(requests[index].prompt)) // 3 + 1
             self._pace.take(expected)
@@ -221,7 +226,7 @@ class Flow:
                 unsent.extend(index for index, _ in group)
                 for index, expected in group:
                     unsent.remove(index)
-                    call = Call(_announcer(announce, index), stopped, expected)
+                    call = Call(_announcer(announce, index), stopped, expected, roomy=order.roomy[index])
                     future = self._connection.submit(work(requests[index], call, order.cache_key(index)))
                     future.add_done_callback(lambda _: self._landed(1))
                     flying[future] = (index, call)
@@ -263,10 +268,15 @@ class Flow:
 
 
 class _Turns:
-    """An :class:`Order` whose next few turns are settled before they are taken."""
+    """An :class:`Order` whose next few turns are settled before they are taken.
 
-    def __init__(self, order: Order) -> None:
+    From when a turn is settled its money may be set aside; ``roomy`` is for how much, whatever is found out meanwhile.
+    """
+
+    def __init__(self, order: Order, roomy: Callable[[int], bool]) -> None:
         self._order = order
+        self._is_roomy = roomy
+        self.roomy: dict[int, bool] = {}
         self._settled: deque[int] = deque()
         self.done, self.cache_key = order.done, order.cache_key
 
@@ -283,6 +293,7 @@ class _Turns:
         """The next ``n``, which stay the next ones whatever else becomes free to go."""
         while len(self._settled) < n and (index := self._order.take()) is not None:
             self._settled.append(index)
+            self.roomy[index] = self._is_roomy(index)
         return list(self._settled)
 
 

@@ -258,7 +258,11 @@ class OpenAIBackend:
             allow_http=allow_http,
         )
         self._asker = Asker(self._connection, self._manner)
-        self._flow = Flow(self._connection, self._note)
+        self._flow = Flow(
+            self._connection,
+            self._note,
+            lambda request: self._asker.traits(self._endpoint(request.prompt)).reasons,
+        )
         self._model = model
         self._api = api
         self._model_change = model_change
@@ -357,7 +361,7 @@ class OpenAIBackend:
             limit = label_tokens(request.candidates)
             if "n" not in traits.refused and traits.evidence != "logprobs":
                 many = self._manner.repeats
-        # A model is seen to reason before the first call with room for it is announced.
+        # A call that was announced before the model was seen to reason is sent without the room.
         return many * (limit + (self._manner.reasoning_tokens if traits.reasons else 0))
 
     def score(
