@@ -59,7 +59,7 @@ def drop_attempts(connection: sqlite3.Connection, where: str, values: list[tuple
 
 
 def birth_of(pid: int) -> str:
-    """When a process began, in ticks since which boot; empty where that cannot be known.
+    """When a process began, in ticks since which boot, and in which space of process numbers; empty where unknown.
 
     Process numbers are used again, and a reservation must not wait for a namesake.
     """
@@ -68,10 +68,22 @@ def birth_of(pid: int) -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-    return f"{boot[:13]}/{stat_line.rpartition(')')[2].split()[19]}"
+    return f"{boot[:13]}/{stat_line.rpartition(')')[2].split()[19]}/{_number_space()}"
+
+
+def _number_space() -> str:
+    """Containers on one host may share its name and not its process numbers."""
+    try:
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    except OSError:
+        return ""
 
 
 def _alive(pid: int, born: str) -> bool:
+    boot, _, rest = born.partition("/")
+    space, mine = rest.partition("/")[2], birth_of(os.getpid())
+    if space and mine.startswith(f"{boot}/") and not mine.endswith(f"/{space}"):
+        return True  # nobody here knows; whoever opens the file alone does
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -79,4 +91,5 @@ def _alive(pid: int, born: str) -> bool:
     except OSError:
         return True
     now = birth_of(pid)
-    return not born or not now or now == born
+    # Rows of earlier versions do not name the space.
+    return not born or not now or now.split("/")[:2] == born.split("/")[:2]

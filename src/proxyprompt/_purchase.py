@@ -446,5 +446,7 @@ def _plausible(result: A) -> A:
     return cleaned
 
 
-_MOST_TOKENS = 2**40
+_MOST_TOKENS = 2**27
+"""No model reads or writes as much; what a server invents must not grow into sums that SQLite cannot hold."""
+
 _REPORT = "This is a defect of the backend; every answer before it is kept."

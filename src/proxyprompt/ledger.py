@@ -531,19 +531,19 @@ class Ledger:
                 touched += connection.execute(query, (when, *numbers, state, error)).rowcount
             if left:
                 query = change("id = ?1 AND state = 'sent'", error="NULL")
-                connection.executemany(query, [(number,) for number in left])
+                touched += connection.executemany(query, [(number,) for number in left]).rowcount
             marked = 0
             while with_space and marked < len(leaving) and self._leave(connection, leaving[marked]):
                 marked += 1
             return touched, marked
 
         (touched, marked), ticket = self._file.write("written", work)
-        wanted = len(done) + len(more) + len(lost)
+        wanted = len(done) + len(more) + len(lost) + len(left)
         if touched != wanted:
             # The answers themselves are kept: they are paid for whatever went wrong with the bookkeeping.
             self.wait_for_disk(ticket)
             raise LedgerError(
-                f"{wanted - touched} recorded calls have no matching attempt in {self.path}.",
+                f"{wanted - touched} recorded or leaving calls have no matching attempt in {self.path}.",
                 hint="Pass the ids that reserve() returned, each with its own key.",
             )
         self._file.fold_wal()

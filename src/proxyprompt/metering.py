@@ -578,4 +578,8 @@ def _hand_on(
 
 
 def _picos(amount: Decimal) -> int:
-    return int((amount * PICO).to_integral_value(ROUND_CEILING))
+    return min(int((amount * PICO).to_integral_value(ROUND_CEILING)), _MOST_MONEY)
+
+
+_MOST_MONEY = 10**6 * PICO
+"""For one call: no limit is as high (see ``Limits``), and SQLite has room for it."""

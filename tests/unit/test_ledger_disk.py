@@ -98,8 +98,8 @@ def _states(ledger: Ledger) -> dict[str, int]:
 
 def test_after_a_flush_that_failed_nothing_is_taken_to_be_on_the_disk(ledger: Ledger, disk: Disk) -> None:
     """The kernel may forget the pages and report success the next time."""
-    first, second = ledger.reserve(keys_of(2), **COMMON)
-    ticket, _ = ledger.write((), left=[first])
+    _, second = ledger.reserve(keys_of(2), **COMMON)
+    ticket, _ = ledger.write(())
     disk.broken = True
     ledger.flush_soon(ticket)
     with pytest.raises(LedgerError, match="could not be flushed to the disk"):
@@ -129,7 +129,7 @@ def test_another_connections_new_log_is_flushed_and_not_the_old_one(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_a_child_flushes_for_itself(ledger: Ledger, disk: Disk) -> None:
     ids = ledger.reserve(keys_of(2), **COMMON)
-    ticket, _ = ledger.write((), left=[ids[0]])
+    ticket, _ = ledger.write(())
     ledger.flush_soon(ticket)  # the thread stays with the parent
     child = os.fork()
     if not child:
@@ -232,3 +232,30 @@ def test_what_is_marked_ahead_counts_by_who_died(tmp_path: Path) -> None:
     for copy, left in zip(copies, ({"unknown": 1}, {"unknown": 2}), strict=True):
         with Ledger(copy) as ledger:
             assert _states(ledger) == left
+
+
+def test_calls_of_another_container_are_left_alone(tmp_path: Path) -> None:
+    """Of the same host's name, but with process numbers of its own: whoever looks from here finds nobody."""
+    path = tmp_path / "l.db"
+    with Ledger(path) as theirs, Ledger(path) as ours:
+        ids = theirs.reserve(keys_of(3), **COMMON)
+        theirs.write((), leaving=[Leaving(ids[:1], ahead=True)])
+        boot, ticks, _ = birth_of(os.getpid()).split("/")
+        with theirs.transaction() as connection:
+            connection.execute(change("id > 0", pid="999999999", born=f"'{boot}/{ticks}/1'"))
+        claim = ours.claim(keys_of(3), **COMMON)
+        assert (dict(claim.attempts), claim.held) == ({}, (0, 1, 2))
+        theirs.write((), left=ids[:1])
+        theirs.mark_sent(ids[1:])
+    # Alone, nobody can be at work any more.
+    with Ledger(path) as ledger:
+        assert _states(ledger) == {"unknown": 3}
+
+
+def test_a_call_whose_mark_is_gone_does_not_leave(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l.db") as ledger:
+        ids = ledger.reserve(keys_of(2), **COMMON)
+        ledger.write((), leaving=[Leaving(ids, ahead=True)])
+        ledger.release(ids[:1])
+        with pytest.raises(LedgerError, match="no matching attempt"):
+            ledger.write((), left=ids)

@@ -376,7 +376,7 @@ def test_more_lost_calls_than_announced_ones_are_a_defect(ledger: Ledger) -> Non
         target(Announcing(1, 2, "lost"), ledger).score(requests_of(1), stage="a")
 
 
-@pytest.mark.parametrize("usage", [Usage(10**30, 1), Usage(-1, 1), Usage(1.5, 1), Usage()])  # type: ignore[arg-type]
+@pytest.mark.parametrize("usage", [Usage(10**30, 1), Usage(10**12, 1), Usage(-1, 1), Usage(1.5, 1), Usage()])  # type: ignore[arg-type]
 def test_an_impossible_usage_loses_no_answer_and_costs_what_was_set_aside(
     ledger: Ledger, usage: Usage
 ) -> None:
@@ -388,6 +388,14 @@ def test_an_impossible_usage_loses_no_answer_and_costs_what_was_set_aside(
 
 
 # --- texts, roles, limits -------------------------------------------------------------------------------
+
+
+def test_a_price_beyond_all_limits_loses_no_answer(ledger: Ledger) -> None:
+    meter = target(
+        Announcing(1, 0, usage=Usage(10**8, 1)), ledger, price=own_price(input=10**6, output=10**6)
+    )
+    assert meter.score(requests_of(4), stage="a")[0].usage == Usage(10**8, 1)
+    assert ledger.totals().money == {"USD": 10**6}
 
 
 def test_texts_are_recorded_too(ledger: Ledger) -> None:
