@@ -219,7 +219,7 @@ class LedgerFile:
             learn_seal(connection)
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
-            self._adopt(connection)
+            self._adopt(connection, others=joining and not alone and fcntl is not None)
             if joining:
                 self._recover(connection, alone)
             for pragma in _WRITING:
@@ -270,7 +270,7 @@ class LedgerFile:
                         hint="Name the file itself.",
                     )
 
-    def _adopt(self, connection: sqlite3.Connection) -> None:
+    def _adopt(self, connection: sqlite3.Connection, *, others: bool) -> None:
         ours = pragma(connection, "application_id") == APPLICATION_ID
         if not ours and (pragma(connection, "schema_version") or not self._create):
             raise LedgerError(f"{self.path} is an SQLite file but not a ledger.", hint="Give another path.")
@@ -279,6 +279,12 @@ class LedgerFile:
             raise LedgerError(
                 f"{self.path} has schema {found}; this version reads up to {SCHEMA}.",
                 hint="Upgrade with: pip install -U proxyprompt-core",
+            )
+        if ours and found < SCHEMA and others:
+            # It would go on with statements that do not fit any more, with calls in flight.
+            raise LedgerError(
+                f"{self.path} has schema {found}, and a process of an earlier version has it open; it is not changed now.",
+                hint="Let that process finish, and try again.",
             )
         self._restrict("")
         self._enter_wal(connection)

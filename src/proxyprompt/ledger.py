@@ -624,20 +624,26 @@ class Ledger:
         run, role, model : str
         currency : str
         cost : callable
-            Price of a call's usage in units of :data:`PICO`. A call of unknown outcome takes what the dearest
-            finished call of these costs.
+            Price of a call's usage in units of :data:`PICO`. A call of unknown outcome, or answered without a usage,
+            takes what the dearest finished call of these costs.
         """
         where = "run = ? AND role = ? AND model = ? AND currency = ''"
         these = (run, role, model)
 
         def work(connection: sqlite3.Connection) -> None:
-            query = f"SELECT id, estimate, {USAGE_COLUMNS} FROM attempt WHERE {where}"
+            query = f"SELECT id, state, estimate, {USAGE_COLUMNS} FROM attempt WHERE {where}"
             rows = connection.execute(query, these).fetchall()
-            costs = [(n, cost(Usage(*used)), cost(Usage(most, most))) for n, most, *used in rows]
-            dearest = max((amount for _, amount, _ in costs), default=0)
+            costs = [
+                (n, state == "done" and not any(used), cost(Usage(*used)), cost(Usage(most, most)))
+                for n, state, most, *used in rows
+            ]
+            dearest = max((amount for *_, amount, _ in costs), default=0)
             connection.executemany(
                 change("id = ?4", cost="?1", allowance="?2", currency="?3"),
-                [(amount, max(dearest, most), currency, n) for n, amount, most in costs],
+                [
+                    (max(dearest, most) if untold else amount, max(dearest, most), currency, n)
+                    for n, untold, amount, most in costs
+                ],
             )
 
         self._file.commit("written", work)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sqlite3
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -371,3 +373,24 @@ def test_sums_of_the_third_schema_get_their_totals(tmp_path: Path) -> None:
         rows = connection.execute("SELECT * FROM spent WHERE role = '' ORDER BY run").fetchall()
     connection.close()
     assert rows == [("q", "", "", "", 1, 0, 0), ("r", "", "", "", 2, 7 + 30, 5 + 9)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock tells who has the file open")
+def test_a_file_that_an_earlier_version_works_with_is_not_migrated(tmp_path: Path) -> None:
+    import fcntl
+
+    path = tmp_path / "l.db"
+    second_schema(path)
+    handle = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        with pytest.raises(LedgerError, match="schema 2, and a process of an earlier version has it open"):
+            Ledger(path)
+    finally:
+        os.close(handle)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+    connection.close()
+    assert not list(tmp_path.glob("*.backup*"))
+    with Ledger(path) as ledger:
+        assert verify(ledger).sound

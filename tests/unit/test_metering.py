@@ -390,6 +390,16 @@ def test_an_impossible_usage_loses_no_answer_and_costs_what_was_set_aside(
 # --- texts, roles, limits -------------------------------------------------------------------------------
 
 
+def test_a_limit_that_comes_later_counts_answers_without_a_usage(ledger: Ledger) -> None:
+    target(Announcing(1, 0), ledger).score(requests_of(1), stage="a")
+    target(Announcing(1, 0, usage=Usage()), ledger).score(requests_of(2), stage="a")
+    target(Announcing(1, 1, "lost", usage=Usage()), ledger).score(requests_of(3), stage="a")
+    target(Announcing(1, 0, "refused", usage=Usage()), ledger).score(requests_of(4), stage="a")
+    target(FakeScorer(), ledger, price=PRICE, limits=Limits(max_money=1))
+    one = Decimal(7 * 1_000 + 3 * 100 + 5 * 10_000) / 10**6
+    assert ledger.totals().money == {"USD": 3 * one}
+
+
 def test_a_price_beyond_all_limits_loses_no_answer(ledger: Ledger) -> None:
     meter = target(
         Announcing(1, 0, usage=Usage(10**8, 1)), ledger, price=own_price(input=10**6, output=10**6)
