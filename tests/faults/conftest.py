@@ -68,8 +68,8 @@ def remote_shop() -> Iterator[Workshop]:
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[str]:
-    """Address of llama.cpp's server with SmolLM2-135M, one thread."""
-    for base_url in llama_server():
+    """Address of llama.cpp's server with SmolLM2-135M, one thread, the same numbers for the same prompt."""
+    for base_url in llama_server(repeatable=True):
         yield base_url.removesuffix("/v1")
 
 

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def llama_server(weights: Path | None = None, *, alias: str = "smol", n_ctx: int = 2048) -> Iterator[str]:
-    """Base URL, by default of the shipped 4-bit weights.
+def llama_server(
+    weights: Path | None = None, *, alias: str = "smol", n_ctx: int = 2048, repeatable: bool = False
+) -> Iterator[str]:
+    """Base URL, by default of the shipped 4-bit weights; one thread.
 
-    One thread, and log-probabilities that do not depend on what was asked before.
+    Log-probabilities move a little, by up to a tenth of a nat, with what the prefix cache holds, because rounding differs
+    with the number of tokens that are computed at once. ``repeatable`` computes one token at a time: a third slower,
+    and the same prompt always gets the same numbers.
     """
     import xllamacpp
 
@@ -24,7 +28,9 @@ def llama_server(weights: Path | None = None, *, alias: str = "smol", n_ctx: int
     params.n_ctx, params.n_parallel, params.port, params.verbosity, params.ui = n_ctx, 1, 0, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.model_alias = {alias}
-    # Otherwise log-probabilities move with what the prefix cache holds.
+    if repeatable:
+        params.n_ubatch = 1
+    # With flash attention, or a cache of 16 bits, log-probabilities move more.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
