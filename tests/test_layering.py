@@ -45,6 +45,7 @@ LEVEL: dict[str, float] = {
     "_ledger_sync": 7.5,
     "_token_bounds": 7.5,
     "_ledger_accounts": 8,
+    "_ledger_answers": 8.2,
     "_ledger_file": 8,
     "_request_keys": 8,
     "data": 8,

@@ -5,18 +5,28 @@ from __future__ import annotations
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ._ledger_calls import ROLES, STATES, change, insertion, set_aside
+from ._ledger_calls import ROLES, STATES, TAKEN_OVER, change, insertion, set_aside
 from ._ledger_owners import AHEAD, owner
-from ._ledger_rows import PICO, CallRole, Limits
-from ._ledger_schema import rebuild_sums
-from .errors import BudgetExceededError, InputError, LedgerError
+from ._ledger_rows import PICO, CallRole, Leaving, Limits
+from ._ledger_schema import USAGE_COLUMNS, rebuild_sums
+from .errors import BudgetExceededError, InputError, LedgerError, ProxyPromptError
 
-__all__ = ["amounts_of", "check_fit", "check_room", "chunks", "enter", "mark", "taken"]
+__all__ = [
+    "amounts_of",
+    "check_fit",
+    "check_room",
+    "chunks",
+    "enter",
+    "leave",
+    "mark",
+    "sums_by_model",
+    "taken",
+]
 
 _ENTER = insertion(
     ("id", "key", "estimate", "allowance", "run", "stage", "role", "model", "state", "host", "pid", "born", "created_at",
@@ -216,3 +226,36 @@ def mark(
     for row, amount in zip(rows[len(first) :], amounts[len(ids) :], strict=True):
         more += enter(connection, [(row[5], amount)], row[:4], "sent", row[4])
     return more
+
+
+def leave(connection: sqlite3.Connection, leaving: Leaving, where: Path) -> bool:
+    """Inside a transaction: mark these calls as sent, all or none; whether they fitted."""
+    # Each statement gives up the interpreter, which a busy event loop is slow to hand back: none that is not needed.
+    may_not_fit = leaving.limits is not None and leaving.limits.any
+    if may_not_fit:
+        connection.execute("SAVEPOINT leaving")
+    given = leaving.tokens is not None or leaving.money is not None
+    amounts = amounts_of(len(leaving.ids), leaving.tokens, leaving.money, "ids")
+    limits, ahead = leaving.limits, leaving.ahead
+    try:
+        mark(connection, leaving.ids, (), amounts, limits, given=given, where=where, ahead=ahead)
+    except ProxyPromptError:
+        if may_not_fit:
+            connection.execute("ROLLBACK TO leaving")
+        return False
+    finally:
+        if may_not_fit:
+            connection.execute("RELEASE leaving")
+    return True
+
+
+def sums_by_model(connection: sqlite3.Connection, filters: Mapping[str, str | None]) -> list[tuple[Any, ...]]:
+    """Model, state, calls, the five counts of tokens, currency and money of the attempts that match what is given."""
+    given = {name: value for name, value in filters.items() if value is not None}
+    where = " AND ".join(f"{name} = ?" for name in given) or "1"
+    sums = ", ".join(f"sum({column})" for column in USAGE_COLUMNS.split(", "))
+    query = f"""SELECT model, state, count(*), {sums}, currency,
+        sum(CASE WHEN state IN ('done', 'failed', '{TAKEN_OVER}') THEN cost WHEN state = 'reserved' THEN 0
+        ELSE allowance END)
+        FROM attempt WHERE {where} GROUP BY model, state, currency ORDER BY model"""
+    return connection.execute(query, list(given.values())).fetchall()

@@ -11,15 +11,25 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ._ledger_accounts import amounts_of, check_fit, check_room, chunks, enter, mark, taken
-from ._ledger_calls import DAMAGED, TAKEN_OVER, change, removal, set_aside
+from ._ledger_accounts import (
+    amounts_of,
+    check_fit,
+    check_room,
+    enter,
+    leave,
+    mark,
+    sums_by_model,
+    taken,
+)
+from ._ledger_answers import find, finished, store, stored
+from ._ledger_answers import set_aside as set_aside_answers
+from ._ledger_calls import DAMAGED, change, removal, set_aside
 from ._ledger_file import LedgerFile
 from ._ledger_owners import AHEAD, drop_attempts, settle_dead
 from ._ledger_rows import (
@@ -33,20 +43,13 @@ from ._ledger_rows import (
     RunSummary,
     StoredResponse,
     Totals,
-    as_bytes,
-    as_text,
-    counts,
-    intact,
-    printable,
-    row_hash,
-    split,
     sum_models,
 )
-from ._ledger_schema import RESPONSE_COLUMNS, SCHEMA, USAGE_COLUMNS
+from ._ledger_schema import USAGE_COLUMNS
 from ._ledger_vault import MODES, StoreMode, Vault, read_secret
 from ._request_keys import RequestKeys, raw_key, request_key
 from .backends.base import Usage
-from .errors import InputError, LedgerCorruptError, LedgerError, ProxyPromptError
+from .errors import InputError, LedgerCorruptError, LedgerError
 
 __all__ = [
     "PICO",
@@ -64,14 +67,6 @@ __all__ = [
     "Totals",
     "request_key",
 ]
-
-
-_FINISHED = {
-    "state": "'done'",
-    "finished_at": "?1",
-    **{column: f"?{n}" for n, column in enumerate(USAGE_COLUMNS.split(", "), start=2)},
-    "cost": "coalesce(?7, allowance)",
-}
 
 
 class Ledger:
@@ -210,7 +205,7 @@ class Ledger:
         LedgerCorruptError
             If it cannot be decrypted.
         """
-        return self._stored(row[0].hex(), row)
+        return stored(self._vault, row[0].hex(), row)
 
     def open_error(self, stored: str | bytes | None, name: bytes) -> str | None:
         """The error of an attempt; ``None`` too where it cannot be decrypted."""
@@ -241,50 +236,24 @@ class Ledger:
             With ``strict``, if a row does not match its hash; always, if the file itself is malformed.
         """
         wanted = {self._vault.name(raw_key(key)): key for key in keys}
-        found: dict[str, StoredResponse] = {}
-        suspects: list[int] = []
         with self._file.use("read") as connection:
-            for chunk, marks in chunks(list(wanted)):
-                query = f"SELECT rowid, {RESPONSE_COLUMNS} FROM response WHERE key IN ({marks})"
-                for rowid, *row in connection.execute(query, chunk):
-                    key = wanted.get(row[0])
-                    if key is not None and intact(row):
-                        try:
-                            found.setdefault(key, self._stored(key, row))
-                            continue
-                        except LedgerCorruptError:  # an attacker can mend the hash, but not the seal
-                            pass
-                    suspects.append(rowid)
+            found, suspects = find(connection, self._vault, wanted)
         if suspects:
-            self._report(self._set_aside(suspects), strict)
+            with self._file.use("repaired", write=True) as connection:
+                moved = set_aside_answers(connection, self._vault, suspects)
+            self._report(moved, strict)
         if found:
             # Somebody may have written it this very moment; what is handed on must not be gone after a power cut.
             self._file.disk.catch_up()
         return found
-
-    def _stored(self, key: str, row: Sequence[Any]) -> StoredResponse:
-        name, body, prompt, completion, cached, model, _, _, created, request, *more = row
-        opened = as_text(self._vault.open(body, name, "body"))
-        assert opened is not None
-        asked = as_text(self._vault.open(request, name, "request"))
-        usage = Usage(prompt, completion, cached, *more)
-        return StoredResponse(key, opened, usage, as_text(model), created, asked)
 
     def totals(
         self, run: str | None = None, role: CallRole | None = None, stage: str | None = None
     ) -> Totals:
         """Count calls, tokens and money of the attempts that match all the given filters; damaged ones are set aside."""
         self.check_calls()
-        filters = {"run": run, "role": role, "stage": stage}
-        given = {name: value for name, value in filters.items() if value is not None}
-        where = " AND ".join(f"{name} = ?" for name in given) or "1"
-        sums = ", ".join(f"sum({column})" for column in USAGE_COLUMNS.split(", "))
-        query = f"""SELECT model, state, count(*), {sums}, currency,
-            sum(CASE WHEN state IN ('done', 'failed', '{TAKEN_OVER}') THEN cost WHEN state = 'reserved' THEN 0
-            ELSE allowance END)
-            FROM attempt WHERE {where} GROUP BY model, state, currency ORDER BY model"""
         with self._file.use("read") as connection:
-            rows = connection.execute(query, list(given.values())).fetchall()
+            rows = sums_by_model(connection, {"run": run, "role": role, "stage": stage})
         return sum_models(rows)
 
     def runs(self) -> list[RunSummary]:
@@ -491,59 +460,26 @@ class Ledger:
         n_left : int
             How many of ``leaving`` were marked.
         """
-        now = time.time()
-        rows, done, more = [], [], []
-        for one in answers:
-            (usage, cost), *shares = split(one.usage, one.cost, 1 + len(one.extra))
-            more += [(now, *counts(u), c, n) for (u, c), n in zip(shares, one.extra, strict=True)]
-            name = self._vault.name(raw_key(one.key))
-            body = self._vault.seal(as_bytes(one.body), name, "body")
-            request = self._vault.seal(as_bytes(one.request), name, "request")
-            used, later = counts(one.usage)[:3], counts(one.usage)[3:]
-            row = [name, body, *used, as_bytes(one.model_returned), b"", SCHEMA, now, request, *later]
-            row[6] = row_hash(row)
-            rows.append(row)
-            done.append((now, *counts(usage), cost, one.attempt, name))
-        lost = [
-            ("unknown" if one.uncertain else "failed", now, one, (*counts(one.usage), one.cost, one.attempt))
-            for one in failures
-        ]
-
+        these = finished(self._vault, answers, failures)
         with_space = bool(leaving) and self._file.has_space()
 
         def work(connection: sqlite3.Connection) -> tuple[int, int]:
-            marks = ",".join("?" * len(RESPONSE_COLUMNS.split(",")))
-            absent = "WHERE NOT EXISTS (SELECT 1 FROM response WHERE key = ?)"
-            insert = f"INSERT INTO response ({RESPONSE_COLUMNS}) SELECT {marks} {absent}"
-            if rows:
-                connection.executemany(insert, [(*row, row[0]) for row in rows])
-            touched = 0
-            if done:
-                query = change("id = ?8 AND key = ?9", **_FINISHED)
-                touched += connection.executemany(query, done).rowcount
-            if more:
-                query = change("id = ?8", **_FINISHED)
-                touched += connection.executemany(query, more).rowcount
-            for state, when, one, numbers in lost:
-                found = connection.execute("SELECT key FROM attempt WHERE id = ?", (one.attempt,)).fetchone()
-                error = self._vault.seal_error(printable(one.error), found[0]) if found else None
-                query = change("id = ?8", **_FINISHED | {"cost": "?7", "state": "?9", "error": "?10"})
-                touched += connection.execute(query, (when, *numbers, state, error)).rowcount
+            touched = store(connection, self._vault, these)
             if left:
                 query = change("id = ?1 AND state = 'sent'", error="NULL")
                 touched += connection.executemany(query, [(number,) for number in left]).rowcount
             marked = 0
-            while with_space and marked < len(leaving) and self._leave(connection, leaving[marked]):
+            while with_space and marked < len(leaving) and leave(connection, leaving[marked], self.path):
                 marked += 1
             return touched, marked
 
         (touched, marked), ticket = self._file.write("written", work)
-        wanted = len(done) + len(more) + len(lost) + len(left)
-        if touched != wanted:
+        missing = these.n_calls + len(left) - touched
+        if missing:
             # The answers themselves are kept: they are paid for whatever went wrong with the bookkeeping.
             self.wait_for_disk(ticket)
             raise LedgerError(
-                f"{wanted - touched} recorded or leaving calls have no matching attempt in {self.path}.",
+                f"{missing} recorded or leaving calls have no matching attempt in {self.path}.",
                 hint="Pass the ids that reserve() returned, each with its own key.",
             )
         self._file.fold_wal()
@@ -566,33 +502,6 @@ class Ledger:
     def wait_for_disk(self, ticket: int) -> None:
         """Return when what was written is on the disk; see :meth:`on_disk`."""
         self._file.disk.through(ticket)
-
-    def _leave(self, connection: sqlite3.Connection, leaving: Leaving) -> bool:
-        # Each statement gives up the interpreter, which a busy event loop is slow to hand back: none that is not needed.
-        may_not_fit = leaving.limits is not None and leaving.limits.any
-        if may_not_fit:
-            connection.execute("SAVEPOINT leaving")
-        given = leaving.tokens is not None or leaving.money is not None
-        amounts = amounts_of(len(leaving.ids), leaving.tokens, leaving.money, "ids")
-        try:
-            mark(
-                connection,
-                leaving.ids,
-                (),
-                amounts,
-                leaving.limits,
-                given=given,
-                where=self.path,
-                ahead=leaving.ahead,
-            )
-        except ProxyPromptError:
-            if may_not_fit:
-                connection.execute("ROLLBACK TO leaving")
-            return False
-        finally:
-            if may_not_fit:
-                connection.execute("RELEASE leaving")
-        return True
 
     def withdraw(self, ids: Sequence[int]) -> None:
         """Take back calls that were marked as sent and certainly never left: they vanish."""
@@ -677,34 +586,6 @@ class Ledger:
                 stacklevel=3,
             )
         return moved
-
-    def _set_aside(self, rowids: list[int]) -> int:
-        moved = 0
-        with self._file.use("repaired", write=True) as connection:
-            # If the damage is in the index or in a key, the two disagree, and a row deleted by its damaged
-            # key would leave an entry behind that hides the answer bought in its place.
-            connection.execute("REINDEX response")
-            for rowid in rowids:
-                # Checked again: another process may have set it aside and bought it anew.
-                query = f"SELECT {RESPONSE_COLUMNS} FROM response WHERE rowid = ?"
-                row = connection.execute(query, (rowid,)).fetchone()
-                if row is None or (intact(row) and self._opens(row)):
-                    continue
-                connection.execute(
-                    f"""INSERT INTO quarantine (set_aside_at, {RESPONSE_COLUMNS})
-                    SELECT ?, {RESPONSE_COLUMNS} FROM response WHERE rowid = ?""",
-                    (time.time(), rowid),
-                )
-                connection.execute("DELETE FROM response WHERE rowid = ?", (rowid,))
-                moved += 1
-        return moved
-
-    def _opens(self, row: Sequence[Any]) -> bool:
-        try:
-            self._stored("", row)
-        except LedgerCorruptError:
-            return False
-        return True
 
     def _report(self, moved: int, strict: bool) -> None:
         self.quarantined += moved
