@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
-from decimal import Decimal
 from importlib import metadata
-from math import isinf, log
 from typing import Any, Literal
 
 import numpy as np
 
-from ._cost_reduction import cost_reduction, stage_cost
-from ._provider_caching import CachingRule, caching_rule
-from ._shrinking_summary import choice_sentences, line_text, near_copies, shrinking_dict, verdict_sentences
+from ._summary_cost import cost_of
+from ._summary_screening import screening_of
+from ._summary_shrinking import choice_sentences, line_text, near_copies, shrinking_dict, verdict_sentences
 from ._verify_stage import verification_text
 from ._version import __version__
 from .artifact import KIND, SCHEMA, Artifact
-from .money import Call, bill_run, break_even_calls, stable_tokens
 from .optimize.certificate import Certificate
 from .optimize.classes import classify
 from .optimize.clean import Round
 from .optimize.relabel import Relabeling
 from .pipeline import Result
-from .prices import Unpriced
-from .savings import Savings, compare_bills
-from .screening import Evidence
-from .sequential import SequentialDecision
 from .task import TextTask
 
 __all__ = ["build_artifact", "build_summary"]
@@ -166,7 +158,7 @@ def build_summary(
 ) -> dict[str, Any]:
     """What the report shows; see :mod:`proxyprompt.report`."""
     certificate = result.certificate
-    cost = _cost(result)
+    cost = cost_of(result)
     return {
         "schema": 1,
         "title": result.title,
@@ -189,7 +181,7 @@ def build_summary(
         "certificate": _certificate(certificate),
         "curve": _curve(result),
         "cleaning": _cleaning(result, report_text),
-        "screening": _screening(result),
+        "screening": screening_of(result),
         "cost": cost,
         "limits": [*result.notes, *LIMITS],
         "settings": result.settings.to_dict(),
@@ -456,175 +448,6 @@ def _relabeling(found: Relabeling | None, ids: list[str]) -> dict[str, Any] | No
     body = found.to_dict()
     body["proposals"] = [{"id": ids[p.unit], **p.to_dict()} for p in found.proposals]
     return body
-
-
-_PATH_NAMES = {"betting": "log of the wealth (nats)", "paper": "mean difference"}
-
-
-def _screening(result: Result) -> dict[str, Any] | None:
-    s = result.screening
-    if s is None:
-        return None
-    spent, currency = _screening_money(result)
-    proxies = []
-    for p in s.proxies:
-        used = p.rule.n_used
-        reasons, labels = (_means(p.evidence[kind], used) for kind in ("attribution", "fidelity"))
-        path, upper, lower = _path(p.rule)
-        proxies.append(
-            {
-                "name": p.name,
-                "decision": p.decision if p.rule.n_used else "not_tested",
-                "n_used": used,
-                "mean_q_proxy": labels[0],
-                "mean_q_oracle": labels[1],
-                "decided_by": s.on,
-                "mean_agreement_proxy": reasons[0],
-                "mean_agreement_oracle": reasons[1],
-                "beside": p.beside.rule and f"{p.beside.rule.decision} after {p.beside.rule.n_used} pairs",
-                "agreement": p.agreement_rate if p.n_seen else None,
-                "members": list(p.members),
-                "n_seen": p.n_seen,
-                "target_pairs": p.target_pairs,
-                "money": float(spent * p.target_pairs / s.target_pairs) if spent and s.target_pairs else None,
-                "currency": currency,
-                "rank_correlation": p.rank_correlation,
-                "own_rank_correlation": p.own_rank_correlation,
-                "top_mass": p.top_mass,
-                "own_top_mass": p.own_top_mass,
-                "n_tied": p.n_tied,
-                "ceiling": p.ceiling,
-                "path": path or None,
-                "threshold": upper,
-                "lower_threshold": lower,
-                "path_name": _PATH_NAMES[s.method],
-                "paper_rule": _other(p.other_rule) if s.method == "betting" else None,
-                "note": p.rule.note,
-            }
-        )
-    rule = (
-        "betting e-process, valid at every look (Waudby-Smith and Ramdas)"
-        if s.method == "betting"
-        else "sequential t interval as printed in the paper (Algorithm 1)"
-    )
-    what = "attributions agree with" if s.on == "attribution" else "explanations predict"
-    return {
-        "rule": rule,
-        "tau": s.tau,
-        "delta": s.delta,
-        "queries": len(s.queries_bought),
-        "units": s.design.n_units,
-        "fit_coalitions": s.design.n_coalitions,
-        "judge_coalitions": len(s.judge_coalitions),
-        "power": s.plan.text,
-        "noise": None if s.noise is None else s.noise.text,
-        "target_pairs": s.target_pairs,
-        "money": spent and float(spent),
-        "currency": currency,
-        "text": (
-            f"A proxy may explain if its {what} the target at least {s.tau:.0%} as well as the target's"
-            f" own do; a proxy that does not is accepted with probability at most {s.delta:g}."
-            if s.method == "betting"
-            else f"A proxy may explain if its explanations predict the target at least {s.tau:.0%} as well as the target's"
-            " own do. The paper's rule looks after every pair; its real error is above its nominal one."
-        ),
-        "proxies": proxies,
-    }
-
-
-def _screening_money(result: Result) -> tuple[Decimal | None, str | None]:
-    """What the screen bought of the target, by the ledger; ``None`` without a price or when it bought nothing."""
-    cost = stage_cost(result.spent, result.pricing, ("screen",), "target")
-    return cost.money or None, cost.currency
-
-
-def _means(evidence: Evidence, used: int) -> tuple[float | None, float | None]:
-    """Mean of the proxy's and of the target's own scores over the pairs that were used."""
-    pairs = evidence.q_proxy[:used], evidence.q_oracle[:used]
-    return (float(np.mean(pairs[0])), float(np.mean(pairs[1]))) if pairs[0] else (None, None)
-
-
-def _path(rule: SequentialDecision) -> tuple[list[list[float]], float, float | None]:
-    """Evidence by number of pairs, with the line at which it accepts and the one at which it rejects."""
-    if rule.method == "betting":
-        bar = -log(rule.settings["delta"])
-        # Both bets on one axis: evidence against the proxy points down.
-        rows = [[row[0], row[1] if row[1] >= row[2] else -row[2]] for row in rule.path]
-        return rows, bar, -bar
-    return [[row[0], (row[1] + row[2]) / 2] for row in rule.path if np.isfinite(row[1])], 0.0, None
-
-
-def _other(rule: Any) -> dict[str, Any] | None:
-    if rule is None:
-        return None
-    return {"decision": rule.decision, "n_used": rule.n_used, "note": rule.note}
-
-
-def _cost(result: Result) -> dict[str, Any]:
-    spent = result.spent
-    target_tokens = sum(r["tokens"] for r in spent if r["role"] == "target")
-    proxy_tokens = sum(r["tokens"] for r in spent if r["role"] == "proxy")
-    c = result.certificate
-    before, after = c.full.tokens, (c.shipped or c.full).tokens
-    known = before > 0 and after > 0
-    saved = before - after if known else None
-    savings = _savings(result, before, after) if known else None
-    pays = break_even_calls(Decimal(target_tokens), Decimal(str(saved or 0)))
-    if savings is not None:
-        pays = savings.assumed.break_even_calls
-    quote = result.pricing.target
-    return {
-        "stages": [
-            {
-                "name": r["stage"],
-                "role": r["role"],
-                "calls_bought": r["bought_now"],
-                "calls_reused": max(0, r["calls"] - r["bought_now"]),
-                "tokens_bought": r["tokens_now"],
-                "tokens_reused": max(0, r["tokens"] - r["tokens_now"]),
-                "seconds": None,
-            }
-            for r in spent
-        ],
-        "target_tokens_total": target_tokens,
-        "proxy_tokens_total": proxy_tokens,
-        "saved_tokens_per_call": round(saved) if saved is not None else None,
-        "saved_share": saved / before if saved is not None else None,
-        "break_even_calls": None if isinf(pays) else int(pays),
-        "money": savings.to_dict() if savings is not None else None,
-        "unpriced": f"{quote.reason}. {quote.hint}".strip() if isinstance(quote, Unpriced) else None,
-        "crr": cost_reduction(result),
-    }
-
-
-def _savings(result: Result, before: float, after: float) -> Savings | None:
-    """The money side of the cut; ``None`` if the target has no price."""
-    price, settings = result.pricing.target, result.settings
-    if isinstance(price, Unpriced):
-        return None
-    queries = result.splits["sealed"]
-    calls = [
-        Call(n, stable_tokens([prompt.render(None, query) for query in queries], n), result.completion_tokens)
-        for prompt, n in ((result.original, before), (result.prompt, after))
-    ]
-    rule = caching_rule(price.provider, price.model)
-    if settings.cache_minimum_tokens is not None:
-        given = CachingRule(
-            "the provider",
-            settings.cache_minimum_tokens,
-            settings.cache_increment_tokens or 1,
-            source="given by the user",
-        )
-        rule = given if rule is None else replace(given, lifetime=rule.lifetime, request=rule.request)
-    return compare_bills(
-        calls[0],
-        calls[1],
-        price,
-        bill_run(result.spent, price, result.pricing.proxies),
-        rule=rule,
-        hit_rate=settings.cache_hit_rate,
-        calls_per_hour=settings.calls_per_hour,
-    )
 
 
 def _versions() -> dict[str, str]:
