@@ -13,7 +13,7 @@ from proxyprompt.backends._openai_faults import classify, error_words, read_allo
 from proxyprompt.backends._openai_wire import read_usage
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
-from proxyprompt.errors import BackendError
+from proxyprompt.errors import BackendError, InputError
 
 from .contract import in_order
 from .scripted_server import Reply, Scripted, scripted_server
@@ -204,6 +204,30 @@ class TestErrors:
         server.replies = [(422, {"detail": detail}), reply({"content": "positive"})]
         assert in_order(backend(server).score([CHAT]), 1)[0].error is None
 
+    def test_a_request_that_is_repeated_in_an_error_says_nothing_of_its_fields(
+        self, server: Scripted
+    ) -> None:
+        body = {"logprobs": True, "messages": []}
+        detail = [{"loc": ["body", "messages", 0], "msg": "Input should be shorter", "input": body}]
+        server.replies = [
+            (422, {"detail": detail}),
+            reply({"content": "positive"}, ("positive", -0.1), ("negative", -3.0)),
+        ]
+        first, second = in_order(backend(server).score([CHAT, CHAT]), 2)
+        assert first.error == "HTTP 422: body.messages.0: Input should be shorter"
+        assert (second.logprobs, second.evidence) == ((-0.1, -3.0), "logprobs")
+
+    def test_a_refusal_that_was_read_wrongly_decides_nothing(self, server: Scripted) -> None:
+        server.replies = [
+            (400, {"error": {"message": "bad request {'logprobs': True, 'messages': [...]}"}}),
+            (400, {"error": {"message": "bad request {'messages': [...]}"}}),
+            reply({"content": "positive"}, ("positive", -0.1), ("negative", -3.0)),
+        ]
+        model = backend(server)
+        first, second = in_order(model.score([CHAT, CHAT]), 2)
+        assert first.error is not None
+        assert (second.logprobs, model.capability) == ((-0.1, -3.0), "logprobs")
+
     def test_words(self) -> None:
         assert error_words({"message": "a", "detail": "b"}, "c") == "a"
         assert error_words([1], "c") == error_words(None, "c") == error_words({}, "c") == "c"
@@ -317,3 +341,24 @@ def test_cached_tokens_by_their_other_names(usage: dict[str, Any], expected: tup
         read = read_usage({"prompt_tokens": prompt, "completion_tokens": "2", **usage})
         assert (read.cached_tokens, read.cache_write_tokens) == expected
         assert (read.prompt_tokens, read.completion_tokens) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"stop": {1, 2}}, "parameters cannot be sent as JSON"),
+        ({"seed": math.nan}, "parameters cannot be sent as JSON"),
+        (["seed"], "parameters is a list"),
+        ({"best_of": 5, "echo": True}, "parameters: best_of, echo are set by the backend"),
+    ],
+)
+def test_parameters_that_cannot_be_given(parameters: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        OpenAIBackend("m", parameters=parameters)
+
+
+def test_parameters_are_what_they_were_when_the_backend_was_made() -> None:
+    nested = {"logit_bias": {"5": 1}}
+    model = OpenAIBackend("m", parameters=nested)
+    nested["logit_bias"]["5"] = 2
+    assert model.identity["parameters"] == {"logit_bias": {"5": 1}}

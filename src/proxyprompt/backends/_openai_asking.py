@@ -323,7 +323,6 @@ class Asker:
         answer: Answer | None,
     ) -> ScoreResult:
         traits, wanted = self.traits(endpoint), self.manner.repeats
-        traits.evidence = "texts"
         limit, failed = label_tokens(request.candidates), 0
         texts: list[str | None] = []
         sent = 0 if answer is None else 1
@@ -357,6 +356,7 @@ class Asker:
                     continue
                 if many and len(answer.choices) == 1:
                     traits.refused.add("n")
+            traits.evidence = "texts"  # not before: a refusal may have been read wrongly
             if self._reasoned_it_all_away(answer, endpoint, call):
                 answer = None
                 continue

@@ -99,8 +99,23 @@ def error_words(body: object, otherwise: str) -> str:
     for key in ("message", "detail", "error"):
         told = body.get(key) if isinstance(body, dict) else None
         if told:
-            return told if isinstance(told, str) else json.dumps(told, default=str)
+            return told if isinstance(told, str) else _details(told)
     return body if isinstance(body, str) and body else otherwise
+
+
+def _details(told: object) -> str:
+    """Where and what of each fault that a validator lists; not the ``input``, which repeats the request."""
+    listed = told if isinstance(told, list) else [told]
+    words = []
+    for item in listed:
+        if not isinstance(item, dict):
+            words.append(str(item))
+            continue
+        place = item.get("loc")
+        where = ".".join(map(str, place)) + ": " if isinstance(place, list) else ""
+        message = item.get("msg") or item.get("message")
+        words.append(where + (str(message) if message else json.dumps(item, default=str)))
+    return "; ".join(words)
 
 
 def error_name(value: object) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -65,3 +66,21 @@ def under_way(journal: Journal) -> list[int]:
     """Indices of the requests of ``journal.keys`` that an earlier process sent and nobody has collected."""
     where = positions(journal)
     return sorted({where[key] for job in read_jobs(journal) for key in job.left() if key in where})
+
+
+class Forgetful:
+    """A journal that lives as long as one call."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.keys = keys
+        self._entries: dict[str, str] = {}
+
+    def read(self) -> Mapping[str, str]:
+        """All entries by name."""
+        return self._entries
+
+    def write(self, name: str, entry: str | None) -> None:
+        """Set or remove one entry."""
+        self._entries.pop(name, None)
+        if entry is not None:
+            self._entries[name] = entry

@@ -6,7 +6,6 @@ like. What a server can do is found out by asking it, never by the model's name.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,9 @@ from ._openai_asking import Asker, Manner, checked_evidence, failed
 from ._openai_batch import Batches, BatchTerms
 from ._openai_connection import Call, CallFailedError, Connection, Patience
 from ._openai_flow import Flow
-from ._openai_jobs import under_way
+from ._openai_jobs import Forgetful, under_way
 from ._openai_labels import UnreadableAnswerError, label_tokens
+from ._openai_options import check_options, checked_fields
 from ._openai_pace import Pace
 from ._openai_wire import Endpoint, prompt_fields
 from .base import (
@@ -40,12 +40,6 @@ __all__ = ["OpenAIBackend"]
 Capability: TypeAlias = Literal["unknown", "logprobs", "decisions", "texts"]
 
 _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
-_OWN_FIELDS = frozenset(
-    {
-        "logprobs", "max_completion_tokens", "max_tokens", "messages", "model", "n", "prompt", "prompt_cache_key",
-        "stop", "stream", "temperature", "top_logprobs",
-    }
-)  # fmt: skip
 
 
 class OpenAIBackend:
@@ -208,37 +202,33 @@ class OpenAIBackend:
         allow_http: bool = False,
         name: str | None = None,
     ) -> None:
-        if not isinstance(model, str) or not model.strip():
-            raise InputError(f"model={model!r} must be a model name.")
-        _check_choice("api", api, ("auto", "chat", "completions"))
-        _check_choice("model_change", model_change, ("warn", "error", "ignore"))
-        _check_range("top_logprobs", top_logprobs, 1, 100)
-        _check_range("concurrency", concurrency, 1, 256)
-        _check_range("repeats", repeats, 1, 100)
-        _check_range("reasoning_tokens", reasoning_tokens, 0, 1_000_000)
-        _check_range("max_tries", max_tries, 1, 20)
-        _check_range("paid_retries", paid_retries, 0, 20)
-        for parameter, flag in (("batch", batch), ("allow_http", allow_http)):
-            if not isinstance(flag, bool):
-                raise InputError(f"{parameter}={flag!r} must be true or false.")
-        _check_range("batch_size", batch_size, 1, 50_000)
-        for parameter, value, what in (
-            ("timeout", timeout, "number of seconds"),
-            ("max_wait", max_wait, "number of seconds"),
-            ("batch_poll", batch_poll, "number of seconds"),
-            ("batch_wait", batch_wait, "number of seconds"),
-            ("rpm", rpm, "number of requests"),
-            ("tpm", tpm, "number of tokens"),
-        ):
-            if value is not None or parameter in ("timeout", "max_wait", "batch_poll"):
-                _check_positive(parameter, value, what)
+        check_options(
+            model=model,
+            api=api,
+            top_logprobs=top_logprobs,
+            repeats=repeats,
+            reasoning_tokens=reasoning_tokens,
+            concurrency=concurrency,
+            rpm=rpm,
+            tpm=tpm,
+            timeout=timeout,
+            max_tries=max_tries,
+            max_wait=max_wait,
+            paid_retries=paid_retries,
+            model_change=model_change,
+            batch=batch,
+            batch_size=batch_size,
+            batch_poll=batch_poll,
+            batch_wait=batch_wait,
+            allow_http=allow_http,
+        )
         self._manner = Manner(
             model,
             top_logprobs,
             checked_evidence(evidence),
             repeats,
             reasoning_tokens,
-            _fields(parameters, repeats),
+            checked_fields(parameters, repeats),
         )
         if batch and "decisions" in self._manner.evidence:
             raise InputError(
@@ -451,7 +441,7 @@ class OpenAIBackend:
         self, requests: Sequence[_Request], journal: Journal | None, announce: OnSend
     ) -> Batches[_Request, Any]:
         assert self._batch is not None
-        notes = journal if journal is not None else _Forgetful([str(k) for k in range(len(requests))])
+        notes = journal if journal is not None else Forgetful([str(k) for k in range(len(requests))])
         return Batches(
             self._connection, self._asker, self._batch, notes, requests, self._endpoint_of, announce
         )
@@ -490,48 +480,3 @@ class OpenAIBackend:
             return BackendError(message, hint="Name one dated model instead of an alias.")
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         return None
-
-
-class _Forgetful:
-    """A journal that lives as long as one call."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self.keys = keys
-        self._entries: dict[str, str] = {}
-
-    def read(self) -> Mapping[str, str]:
-        return self._entries
-
-    def write(self, name: str, entry: str | None) -> None:
-        self._entries.pop(name, None)
-        if entry is not None:
-            self._entries[name] = entry
-
-
-def _fields(parameters: Mapping[str, Any] | None, repeats: int) -> Mapping[str, Any]:
-    given = dict(parameters or {})
-    own = sorted(set(given) & _OWN_FIELDS)
-    if own:
-        raise InputError(f"parameters: {', '.join(own)} are set by the backend and cannot be given.")
-    if repeats > 1 and "seed" in given:
-        raise InputError(
-            f"parameters: a seed with repeats={repeats} makes all samples alike.",
-            hint="Leave one of them out.",
-        )
-    return given
-
-
-def _check_choice(parameter: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        *most, last = map(repr, allowed)
-        raise InputError(f"{parameter}={value!r} must be {', '.join(most)} or {last}.")
-
-
-def _check_range(parameter: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{parameter}={value!r} must be an integer from {low} to {high}.")
-
-
-def _check_positive(parameter: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{parameter}={value!r} must be a positive {what}.")
