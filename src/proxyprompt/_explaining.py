@@ -106,7 +106,10 @@ def screen_proxies(run: Run) -> Screening | None:
     design, judges = rows
     names = ", ".join(run.proxies)
     run.watch.stage("screen", f"May {names} stand in for {run.target.backend.name}?")
-    queries, cut = screen_within(run, design.n_coalitions + len(judges))
+    queries, cut = list(run.splits["explain"]), ""
+    if screening_plan(run, len(judges)).n_screened:
+        # To see what fits, the target may be asked already.
+        queries, cut = screen_within(run, design.n_coalitions + len(judges))
     if cut:
         run.most_screened = len(queries)
         run.notes.append(cut)

@@ -605,10 +605,14 @@ def _recorded(ledger: Ledger | None, key: str, model: _Model, stage: str) -> int
 def _notes(
     estimate: RunEstimate, models: Iterable[_Model], settings: Settings, ledger: Ledger | None
 ) -> Iterable[str]:
+    name = "max_cost" if settings.budget_usd is None else "max_usd"
+    limit = settings.budget_cost if settings.budget_usd is None else settings.budget_usd
     for model in models:
         if model.price is None:
             why = model.quote.reason if isinstance(model.quote, Unpriced) else "it is not known"
             yield f"{model.name} has no price ({why}); its money is not estimated."
+            if limit is not None:
+                yield f"{name} is set, and {model.name} has no price: the run is refused. Give the price, or limit calls."
         elif model.price is not FREE and model.price.rates.output is None:
             yield f"The price of {model.name} says nothing of completion tokens; they are not in the money."
     totals = ledger.totals(run=estimate.run) if ledger is not None else None
@@ -617,8 +621,6 @@ def _notes(
     tokens = spent.prompt_tokens + spent.completion_tokens if spent is not None else 0
     yield from _against("max_calls", settings.budget_calls, estimate.calls(), done)
     yield from _against("max_tokens", settings.budget_tokens, estimate.tokens(), tokens)
-    name = "max_cost" if settings.budget_usd is None else "max_usd"
-    limit = settings.budget_cost if settings.budget_usd is None else settings.budget_usd
     if limit is not None:
         for currency, bounds in estimate.money().items():
             so_far = totals.money.get(currency, Decimal(0)) if totals is not None else Decimal(0)
@@ -644,6 +646,9 @@ def _against(name: str, limit: Any, bounds: Bounds, spent: Any) -> Iterable[str]
     elif bounds.low > left:
         yield f"{name} = {limit}: too little; {spent} is spent and at least {bounds.low} more is needed."
     elif bounds.expected > left:
-        yield f"{name} = {limit}: the run will probably stop before its end; all answers up to then are kept."
+        yield (
+            f"{name} = {limit}: more is expected; screen and explanation are cut to fit where that can do, else the run"
+            " stops before its end, and all answers up to then are kept."
+        )
     else:
         yield f"{name} = {limit}: expected to do, but the upper bound of {bounds.high} passes it."

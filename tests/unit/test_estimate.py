@@ -166,6 +166,8 @@ CASES: list[dict[str, Any]] = [
     {"n": 8, "noise": 3.0, "attribution_calls": 300},
     {"n": 8, "noise": 3.0, "attribution_money": 0.02, "attribution_error": 0.02},
     {"n": 8, "proxies": 2, "explain": 10},  # too few queries to screen any proxy
+    {"n": 8, "proxies": 2, "explain": 10, "budget_tokens": 10**6},  # nor is the target asked what would fit
+    {"n": 8, "proxies": 0, "budget_usd": 100.0},
     {"n": 10, "verify": "harmful", "screening_method": "off"},
     {"n": 10, "verify": "all", "proxies": 2},  # screened too
     {"n": 9, "verify": "top", "screening_method": "off", "explainer": "leave_one_out", "verify_calls": 150},
@@ -237,9 +239,11 @@ def test_prices_and_budgets_are_compared(tmp_path: Path) -> None:
     money, calls = bounds.money()["USD"], bounds.calls()
     assert 0 < money.low < money.expected < money.high
     assert "target has no price" in notes()
+    assert "the run is refused" not in notes()
+    assert "max_usd is set, and target has no price: the run is refused" in notes(budget_usd=1.0)
     assert f"max_calls = {calls.high}: the run stays within it" in notes(budget_calls=calls.high)
     assert "too little; 0 is spent" in notes(budget_calls=1)
-    assert "probably stop before its end" in notes(budget_calls=calls.expected - 1)
+    assert "more is expected; screen and explanation are cut" in notes(budget_calls=calls.expected - 1)
     assert "expected to do, but the upper bound" in notes(budget_calls=calls.expected + 1)
     assert "max_usd (USD) = 1000.0: the run stays within it" in notes(**PRICED, budget_usd=1000.0)
     euros = {**PRICED, "price_currency": "EUR", "budget_cost": 0.0001}
