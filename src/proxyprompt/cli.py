@@ -46,7 +46,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .config import RunConfig
-    from .ledger import Ledger
+    from .ledger import CallRole, Ledger
 
 __all__ = ["main"]
 
@@ -241,6 +241,47 @@ def queries(
             click.echo(visible(f"{name:>9}  {path}"))
 
 
+@main.command(epilog=_EPILOG)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Output folder; overrides the config."
+)
+@click.option(
+    "--cancel", is_flag=True, help="Stop those at work; forget those that the provider does not know."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the batches as JSON on standard output.")
+def batches(config: Path, out: Path | None, cancel: bool, as_json: bool) -> None:
+    """Where do the batches stand that the run of CONFIG has sent and not collected?
+
+    Costs nothing. The next run collects what is ready, also of those that were cancelled.
+    """
+    from .config import load_config
+    from .metering import Meter
+
+    with _errors(), ExitStack() as stack:
+        checked = load_config(config, output=out)
+        found = []
+        if (checked.output / "ledger.db").exists():
+            ledger = stack.enter_context(_ledger(checked, checked.output))
+            for backend in (checked.target, *checked.proxies):
+                role: CallRole = "target" if backend is checked.target else "proxy"
+                meter = Meter(backend, ledger, role=role, run="batches")
+                stopped = set(meter.cancel_batches()) if cancel else set()
+                found += [(backend.name, one, one.id in stopped) for one in meter.batches()]
+        if as_json:
+            rows = [{"model": name, **asdict(one), "cancelled_now": now} for name, one, now in found]
+            click.echo(json.dumps(rows, ensure_ascii=True))
+            return
+        for name, one, now in found:
+            day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.created))
+            state = f"{one.status} (asked to stop)" if now else one.status
+            _tell(
+                f"{name}  {one.id or '-'}  {state}, of {day} UTC: {one.n_left} of {one.n_requests} to collect"
+            )
+        if not found:
+            _tell("no batches to collect")
+
+
 class _Ours(click.Group):
     """A group whose commands end with our exit codes."""
 
@@ -325,6 +366,12 @@ def _power(config: RunConfig) -> str:
     from ._shrinking import plan
 
     return plan(config.settings, config.task, len(config.splits["sealed"]))
+
+
+def _tell(text: str) -> None:
+    from .report._text import visible
+
+    click.echo(visible(text))
 
 
 def _say(text: str) -> None:

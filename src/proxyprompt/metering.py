@@ -23,6 +23,7 @@ from ._purchase import GENERATE, SCORE, A, Announcer, Kind, Purchase, Q, Terms
 from ._token_bounds import likely_tokens, most_completion, most_tokens, n_bytes
 from .backends.base import (
     Backend,
+    BatchStatus,
     GenerateRequest,
     GenerateResult,
     Generator,
@@ -430,6 +431,16 @@ class Meter:
             return []
         stopped: list[str] = self.backend.cancel(self._journal([]))  # type: ignore[attr-defined]
         return stopped
+
+    def batches(self) -> list[BatchStatus]:
+        """Where the batches of this model stand that are written down and not wholly collected, oldest first.
+
+        Asks the provider, and costs nothing. Empty for a backend that sends none.
+        """
+        if not keeps_journal(self.backend):
+            return []
+        found: list[BatchStatus] = self.backend.batches(self._journal([]))  # type: ignore[attr-defined]
+        return found
 
     def _journal(self, keys: list[str], *, take_over: bool = False) -> Journal:
         """The backend's journal; what an earlier process left under way is taken over, not paid for twice."""

@@ -56,6 +56,10 @@ class BatchServer:
         }  # fmt: skip
         return self.batches[name]
 
+    def size(self, name: str) -> int:
+        """Requests in a batch."""
+        return len(self.files[self.batches[name]["input_file_id"]].splitlines())
+
     def look(self, name: str) -> dict[str, Any]:
         batch = self.batches[name]
         batch["looks"] += 1

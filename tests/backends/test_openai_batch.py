@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,11 +16,13 @@ from typing import Any
 
 import openai
 import pytest
+from click.testing import CliRunner
 from llama import llama_server
 
 from proxyprompt._journal import LedgerJournal, MemoryJournal
 from proxyprompt.backends.base import GenerateRequest, Message, ScoreRequest
 from proxyprompt.backends.openai import OpenAIBackend
+from proxyprompt.cli import main
 from proxyprompt.errors import BackendError, InputError, RetryableBackendError
 from proxyprompt.ledger import Ledger, request_key
 from proxyprompt.metering import Meter
@@ -43,7 +46,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[str]:
-    yield from llama_server()
+    yield from llama_server(repeatable=True)
 
 
 @pytest.fixture
@@ -562,3 +565,82 @@ class TestOddResults:
 def _keyed(journal: MemoryJournal, first: int) -> MemoryJournal:
     journal.keys = journal.keys[first : first + 2]
     return journal
+
+
+class TestCommand:
+    """``proxyprompt batches`` beside ``proxyprompt run``, which does not wait."""
+
+    @pytest.fixture
+    def config(self, account: BatchServer, tmp_path: Path) -> Path:
+        words = (("superb", "positive"), ("dull", "negative"))
+
+        def rows(first: int, last: int) -> str:
+            filled = ((k, *words[k % 2]) for k in range(first, last))
+            return "\n".join(
+                json.dumps({"id": f"r{k}", "input": f"film {k} is {word}", "label": label})
+                for k, word, label in filled
+            )
+
+        (tmp_path / "demos.jsonl").write_text(rows(100, 103))
+        (tmp_path / "queries.jsonl").write_text(rows(0, 9))
+        path = tmp_path / "config.toml"
+        path.write_text(
+            f"""
+            output = "out"
+            [prompt]
+            demonstrations = "demos.jsonl"
+            demonstration_template = "Review: {{input}}\\nSentiment: {{output}}"
+            [queries]
+            file = "queries.jsonl"
+            sizes = {{explain = 2, select = 3, sealed = 4}}
+            [task]
+            labels = ["positive", "negative"]
+            [target]
+            model = "openai:smol"
+            base_url = "{account.url}"
+            batch = true
+            batch_poll = 0.02
+            batch_wait = 0.05
+            """
+        )
+        return path
+
+    def ask(self, *arguments: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(main, list(arguments))
+        return result.exit_code, result.stdout, result.stderr
+
+    def test_listed_cancelled_and_collected(self, account: BatchServer, config: Path) -> None:
+        path = str(config)
+        assert self.ask("batches", path) == (0, "no batches to collect\n", "")
+        assert not (config.parent / "out" / "ledger.db").exists()
+        account.looks = 10**9
+        code, _, told = self.ask("run", path)
+        assert (code, "still under way" in told) == (4, True), told
+        code, told, _ = self.ask("batches", path)
+        [line] = told.splitlines()
+        assert code == 0
+        size = account.size("batch_1")
+        assert re.fullmatch(
+            rf"openai:smol  batch_1  in_progress, of [-0-9: ]+ UTC: {size} of {size} to collect", line
+        )
+        code, told, _ = self.ask("batches", path, "--cancel", "--json")
+        [row] = json.loads(told)
+        assert (row["id"], row["cancelled_now"], row["n_left"]) == ("batch_1", True, size)
+        account.looks = 1
+        for _ in range(20):  # later stages send batches of their own, and nobody waits
+            code, _, told = self.ask("run", path)
+            if code == 0:
+                break
+        assert code == 0, told
+        assert self.ask("batches", path)[1] == "no batches to collect\n"
+        assert account.lines_run == sum(account.size(name) for name in account.batches)
+
+    def test_forgotten_on_request_only(self, account: BatchServer, config: Path) -> None:
+        path = str(config)
+        account.looks = 10**9
+        self.ask("run", path)
+        account.batches.clear()
+        code, _, told = self.ask("run", path)
+        assert (code, "proxyprompt batches CONFIG --cancel" in told) == (4, True), told
+        assert "batch_1  gone, of" in self.ask("batches", path)[1]
+        assert self.ask("batches", path, "--cancel")[1] == "no batches to collect\n"

@@ -10,7 +10,7 @@ from proxyprompt.errors import BackendError
 
 from ._openai_connection import Connection
 from ._openai_jobs import read_jobs
-from .base import Journal
+from .base import BatchStatus, Journal
 
 STOPPED = frozenset({"cancelled", "canceled", "failed"})
 """States of batches that were ended on purpose: what has no answer then is not sent again."""
@@ -51,6 +51,22 @@ def cancel(connection: Connection, journal: Journal) -> list[str]:
             connection.manage(partial(_cancel, job.batch))
             stopped.append(job.batch)
     return stopped
+
+
+def states(connection: Connection, journal: Journal) -> list[BatchStatus]:
+    """Every batch of a journal and where it stands, oldest first; changes nothing."""
+    found = []
+    for job in read_jobs(journal):
+        status = "not accepted yet"
+        if job.batch is not None:
+            try:
+                status = str(connection.manage(partial(retrieve, job.batch)).status)
+            except BackendError as error:
+                if not is_gone(error):
+                    raise
+                status = "gone"
+        found.append(BatchStatus(job.batch, status, len(job.keys), len(job.left()), job.created))
+    return found
 
 
 def list_batches(more: Mapping[str, str], client: Any) -> Any:

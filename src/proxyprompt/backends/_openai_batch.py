@@ -328,8 +328,8 @@ class Batches(Generic[_Request, _Result]):
         """
         when = time.strftime("%Y-%m-%d", time.gmtime(job.created))
         hint = (
-            "Use the key and the project that sent it. If it is gone for good, cancel_batches() of the Meter (cancel() of "
-            "the backend) forgets it; its requests are then sent again."
+            "Use the key and the project that sent it. If it is gone for good, `proxyprompt batches CONFIG --cancel`, or "
+            "cancel_batches() of the Meter, forgets it; its requests are then sent again."
         )
         if time.time() - job.created > _LONG_PAST:
             self._journal.write(job.name, None)

@@ -281,6 +281,29 @@ class Journal(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class BatchStatus:
+    """Where a batch stands that is written down and not wholly collected.
+
+    Attributes
+    ----------
+    id : str or None
+        The provider's name of it; ``None`` if its sender stopped before it had one. A run looks whether it is there.
+    status : str
+        In the provider's words; ``"gone"`` if the provider does not know it, ``"not accepted yet"`` without an id.
+    n_requests, n_left : int
+        Requests in it, and those of them that nobody has collected.
+    created : float
+        When it was written down, in seconds since 1970.
+    """
+
+    id: str | None
+    status: str
+    n_requests: int
+    n_left: int
+    created: float
+
+
 def keeps_journal(backend: Backend) -> bool:
     """Whether a backend's work outlives the process, so that it needs a :class:`Journal`."""
     return bool(getattr(backend, "keeps_journal", False))

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from proxyprompt.errors import BackendError, InputError
 
-from ._openai_account import cancel
+from ._openai_account import cancel, states
 from ._openai_asking import Asker, Manner, checked_evidence, failed
 from ._openai_batch import Batches, BatchTerms
 from ._openai_connection import Call, CallFailedError, Connection, Patience
@@ -25,6 +25,7 @@ from ._openai_options import check_options, checked_fields
 from ._openai_pace import Pace
 from ._openai_wire import Endpoint, prompt_fields
 from .base import (
+    BatchStatus,
     GenerateRequest,
     GenerateResult,
     Journal,
@@ -339,6 +340,11 @@ class OpenAIBackend:
         """
         self._connection.open()
         return cancel(self._connection, journal)
+
+    def batches(self, journal: Journal) -> list[BatchStatus]:
+        """Where the batches of a journal stand that are not wholly collected; costs nothing."""
+        self._connection.open()
+        return states(self._connection, journal)
 
     def most_completion_tokens(self, request: ScoreRequest | GenerateRequest) -> int:
         """Upper bound of completion tokens for each announced call, reasoning tokens included."""
