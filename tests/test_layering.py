@@ -74,6 +74,8 @@ LEVEL: dict[str, float] = {
     "_verify_stage": 15.5,
     "config": 15,
     "pipeline": 16,
+    "_estimate_loads": 16.2,
+    "_estimate_plan": 16.3,
     "estimate": 16.5,
     "_summary_shrinking": 17,
     "artifact": 17,
