@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ._estimate_loads import Load, Model, Work, recorded_calls
 from ._explaining import noise_repeats, oracle_queries, screening_plan
-from ._oracle_size import later_calls
+from ._oracle_size import MEASURED, later_calls
 from ._run import Run
 from ._screening_noise import noise_queries
 from ._shrinking import certificate_method
@@ -22,7 +22,6 @@ __all__ = ["Plan"]
 
 # Guesses for the expected numbers only; no bound depends on them.
 _AGREE = 0.7  # share of queries on which a proxy predicts what the target predicts
-_MEASURED = 0.7  # share of the demonstrations that verification measures
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Plan:
         most = size * (n + 1) if s.verify_calls is None else min(size * (n + 1), s.verify_calls)
         if most < 2 * min(size, len(queries)):
             return None
-        share = 1.0 if s.verify == "all" else _MEASURED
+        share = 1.0 if s.verify == "all" else MEASURED
         high, expected = self.left("verify", "explain", most, min(most, size * (1 + share * n)))
         if not self.unscreened:
             return Work(high=high, expected=expected)

@@ -16,7 +16,6 @@ from .attribution.extending import nested_designs
 from .backends.base import Usage
 from .coalitions import FloatArray
 from .errors import BudgetExceededError
-from .ledger import Totals
 from .metering import Meter
 from .money import call_cost
 from .optimize.relabel import own_queries
@@ -25,6 +24,7 @@ from .task import TextTask
 from .value_function import PromptValueFunction
 
 __all__ = [
+    "MEASURED",
     "Room",
     "coalitions_within",
     "fit_oracle",
@@ -32,15 +32,25 @@ __all__ = [
     "proxies_fit",
     "room_left",
     "screen_within",
+    "verify_within",
 ]
 
 SUSPECT = 0.15
 """Share of demonstrations that become suspects: a guess, for expected numbers only."""
 KEPT = 0.6
 """Share of the demonstrations in a prompt of a later stage: another."""
+MEASURED = 0.7
+"""Share of the demonstrations that verification measures: another."""
+VERIFY_QUERIES = 30
+"""Queries on which it measures, where no number is given."""
 
 _LEAST_QUERIES = 10
 _NOISE_CALLS = 30  # what repeats of whole prompts take, with their first answers
+_BEFORE: dict[str, tuple[str, ...]] = {
+    "screen": (),
+    "attribute": ("screen",),
+    "verify": ("screen", "attribute"),
+}
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
@@ -164,28 +174,32 @@ def proxies_fit(run: Run, queries: Sequence[Query], design: Design, wide: Design
 
 
 def room_left(run: Run, queries: Sequence[Query], stage: str = "attribute") -> list[Room]:
-    """What every limit leaves for the target's own attributions, or for the screen before; empty without limits."""
+    """What every limit leaves for a stage that explains, by name or the target's own attributions; empty without limits."""
     limits, ledger, s = run.target.limits, run.target.ledger, run.settings
     if limits is None or not limits.any or ledger is None:
         return []
     later = sum(later_calls(run).values())
-    before, spent = Totals(), Decimal(0)
-    if stage != "screen":
-        before = ledger.totals(run=run.target.run, role="target", stage="screen")
-        of_all = ledger.totals(run=run.target.run, stage="screen").money
-        spent = of_all.get(limits.currency, Decimal(0))
+    if stage == "screen" and s.verify != "off":
+        # If proxies are accepted. If not, the target explains itself, in what is left then.
+        size = min(len(run.splits["explain"]), s.oracle_queries or VERIFY_QUERIES)
+        later += min(size * (1 + MEASURED * run.prompt.n_units), s.verify_calls or np.inf)
+    calls, tokens, spent = 0, 0, Decimal(0)
+    for name in _BEFORE[stage]:
+        before = ledger.totals(run=run.target.run, role="target", stage=name)
+        calls += before.done + before.unknown
+        tokens += before.prompt_tokens + before.completion_tokens
+        of_all = ledger.totals(run=run.target.run, stage=name).money
+        spent += of_all.get(limits.currency, Decimal(0))
     rooms = []
     if limits.max_calls is not None:
-        left = limits.max_calls - before.done - before.unknown - later
+        left = limits.max_calls - calls - later
         rooms.append(Room(f"max_calls = {limits.max_calls}", left, 1.0, "calls"))
     if limits.max_tokens is None and limits.max_money is None:
         return rooms
     here, there = _call_sizes(run, queries, stage)
     completion = run.task.max_tokens if isinstance(run.task, TextTask) else 1
     if limits.max_tokens is not None:
-        left = (
-            limits.max_tokens - before.prompt_tokens - before.completion_tokens - later * (there + completion)
-        )
+        left = limits.max_tokens - tokens - later * (there + completion)
         each = here + completion
         rooms.append(Room(f"max_tokens = {limits.max_tokens}", left / each, each, "tokens"))
     if limits.max_money is not None and run.target_price is not None:
@@ -218,11 +232,18 @@ def _call_sizes(run: Run, queries: Sequence[Query], stage: str) -> tuple[float, 
     """
     n = run.prompt.n_units
     ends = np.stack([np.ones(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)])
-    tokens = run.evaluate(run.target, queries[:3], stage, ends).prompt_tokens
-    if not (tokens > 0).all():
-        texts = [str(run.prompt.render(row, q)) for row in ends.tolist() for q in queries[:3]]
-        tokens = np.array([len(text.encode()) // 3 for text in texts]).reshape(2, -1)
-    full, empty = tokens.mean(axis=1).tolist()
+    texts = [str(run.prompt.render(row, q)) for row in ends.tolist() for q in queries[:3]]
+    full, empty = np.array([len(text.encode()) for text in texts]).reshape(2, -1).mean(axis=1).tolist()
+    # Verification does not ask the empty prompts.
+    asked = run.evaluate(
+        run.target, queries[:3], stage, ends[:1] if stage == "verify" else ends
+    ).prompt_tokens
+    if not (asked > 0).all():
+        full, empty = full / 3, empty / 3
+    elif stage == "verify":
+        full, empty = asked.mean(), empty * asked.mean() / full
+    else:
+        full, empty = asked.mean(axis=1).tolist()
     share, later = getattr(run.explainer, "keep", 0.5), (1 + KEPT) / 2
     return share * full + (1 - share) * empty, later * full + (1 - later) * empty
 
@@ -252,6 +273,22 @@ def screen_within(run: Run, n_rows: int) -> tuple[list[Query], str]:
     some = sorted(run.rng(21).permutation(len(queries))[: max(n, 1)].tolist())
     return [queries[i] for i in some], (
         f"To stay within {room.name}, proxies are screened on {len(some)} of {len(queries)} queries at most."
+    )
+
+
+def verify_within(run: Run, queries: Sequence[Query]) -> tuple[int | None, str]:
+    """Most calls of verification beside the full prompts, which are asked in any case, and in words if a budget says so."""
+    rooms = room_left(run, queries, "verify")
+    most = run.settings.verify_calls
+    if not rooms:
+        return most, ""
+    room = min(rooms, key=lambda one: one.calls)
+    left = max(0, int(room.calls) - len(queries))
+    if left >= (len(queries) * (run.prompt.n_units + 1) if most is None else most):
+        return most, ""
+    return left, (
+        f"To stay within {room.name}, verification takes {left} calls at most beside the full prompts; the"
+        f" {sum(later_calls(run).values()):.0f} that later stages are expected to take are left for them."
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._explaining import Explanation, oracle_queries
+from ._oracle_size import verify_within
 from ._run import Run
 from .attribution.verified_units import UnitVerification, toggle_bases, verified_attribution, verify_units
 from .errors import InconclusiveError
@@ -55,6 +56,9 @@ def verify_proposal(
             " are needed.",
             hint="Run again, which asks only for what is missing, or give more explain queries.",
         )
+    calls, cut = verify_within(run, queries)
+    if cut:
+        run.watch.note(cut)
     asking = _Toggling(run, [queries[i] for i in answered])
     found = verify_units(
         proposal.attribution.mean,
@@ -64,7 +68,7 @@ def verify_proposal(
         decision=s.verify if s.verify != "off" else "all",
         top=s.verify_top,
         level=s.verify_level,
-        calls=s.verify_calls,
+        calls=calls,
         trusted=trusted,
         estimated_error=proposal.attribution.standard_error,
     )
@@ -73,7 +77,7 @@ def verify_proposal(
     return replace(
         proposal,
         attribution=verified_attribution(proposal.attribution, found, whole.utility[0, answered]),
-        why=f"{why}. {verification_text(found, name)}",
+        why=" ".join(filter(None, (f"{why}. {verification_text(found, name)}", cut))),
         query_ids=tuple(q.id for q in asking.queries) if found.order else proposal.query_ids,
         verification=found,
         proposal=proposal,
@@ -142,8 +146,8 @@ def verification_text(found: UnitVerification, target: str) -> str:
         )
     else:
         text += (
-            f", as many as verify_calls allows; the other {n - done} are estimates and undecided: {found.chance_left:.2g}"
-            " of them could change the answer."
+            f", as many as verify_calls or the budget allows; the other {n - done} are estimates and undecided:"
+            f" {found.chance_left:.2g} of them could change the answer."
         )
     if found.undecided:
         text += f" {len(found.undecided)} of the measured are undecided."

@@ -258,3 +258,30 @@ verify_calls = 500
     (tmp_path / "c.toml").write_text(text.replace('verify = "top"\n', ""))
     with pytest.raises(ConfigError, match="may not explain"):
         load_config(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("limit", ["budget_calls", "budget_tokens"])
+def test_verification_leaves_later_stages_their_part_of_a_budget(
+    limit: str, verified: Result, tmp_path: Path
+) -> None:
+    what = limit.removeprefix("budget_")
+    all_of_it, of_verify = (
+        sum(r[what] for r in verified.spent if r["role"] == "target" and r["stage"] in stages)
+        for stages in ({r["stage"] for r in verified.spent}, ("verify",))
+    )
+    assert of_verify > 0.1 * all_of_it
+    # Enough for what later stages are expected to take, and for a part of what verification would.
+    options = {"verify": "all", "clean": False, "max_evaluations": 20}
+    calls = 40 + 50 * (3 + 0.5 * 20) + 3 * 80 + 30 * 6
+    settings = {limit: int(calls if what == "calls" else calls * verified.certificate.full.tokens)}
+    cut = run(tmp_path, [Model("proxy", scale=0.2)], **options, **settings)
+    found = cut.explanation.verification
+    assert found is not None
+    assert found.outcome == "limit"
+    assert 1 <= len(found.order) < N
+    assert f"To stay within max_{what} = {settings[limit]}, verification takes" in cut.explanation.why
+    assert sum(r[what] for r in cut.spent if r["role"] == "target") <= settings[limit]
+    assert cut.certificate is not None
+    again = run(tmp_path, [Model("proxy", scale=0.2)], **options, **settings)
+    assert again.explanation.why == cut.explanation.why
+    assert [r["bought_now"] for r in again.spent] == [0] * len(again.spent)
