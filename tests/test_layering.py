@@ -31,6 +31,7 @@ LEVEL: dict[str, float] = {
     "sequential": 5,
     "embedding": 6,
     "money": 6,
+    "_prompt_template": 5.5,
     "prompt": 6,
     "program": 7,
     "savings": 7,
