@@ -567,6 +567,27 @@ def _keyed(journal: MemoryJournal, first: int) -> MemoryJournal:
     return journal
 
 
+def test_a_token_that_was_drawn_bounds_nothing() -> None:
+    """A server that takes no temperature draws: the token it wrote may be far less likely than what it does not list."""
+    listed = {" positive": -0.5, "other": -2.0, " zzz": -9.0}
+    logprobs = {"tokens": [" zzz"], "token_logprobs": [-9.0], "top_logprobs": [listed]}
+
+    def reply(body: dict[str, Any]) -> Any:
+        if "temperature" in body:
+            message = "Unsupported parameter: 'temperature' is not supported with this model."
+            return 400, {
+                "error": {"message": message, "param": "temperature", "code": "unsupported_parameter"}
+            }
+        choice = {"text": " zzz", "logprobs": logprobs, "finish_reason": "length"}
+        return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+
+    with scripted_server() as server, batch_server(server.url) as account:
+        server.reply = reply
+        results = in_order(batched(account).score(REQUESTS[:3]), 3)
+    assert account.lines_run == 2
+    assert [(r.logprobs, r.censored) for r in results] == [((-0.5, -2.0), (False, True))] * 3
+
+
 class TestCommand:
     """``proxyprompt batches`` beside ``proxyprompt run``, which does not wait."""
 

@@ -420,7 +420,12 @@ def _settle(call: Call, usage: Usage) -> None:
 
 
 def read_score(
-    request: ScoreRequest, endpoint: Endpoint, evidence: Evidence, body: Mapping[str, Any]
+    request: ScoreRequest,
+    endpoint: Endpoint,
+    evidence: Evidence,
+    body: Mapping[str, Any],
+    *,
+    greedy: bool = True,
 ) -> ScoreResult:
     """What one response says to a request that was made by :meth:`Asker.score_fields`."""
     if evidence == "decisions":
@@ -434,7 +439,7 @@ def read_score(
                 if answer.first.finish == "content_filter":
                     raise UnreadableAnswerError(_WITHHELD)
                 raise UnreadableAnswerError("no log-probabilities this time, unlike before")
-            values, samples = read_labels(answer.first.path, request.candidates), 0
+            values, samples = read_labels(answer.first.path, request.candidates, greedy=greedy), 0
         else:
             values, samples = read_texts([choice.text for choice in answer.choices], request.candidates)
     except UnreadableAnswerError as error:

@@ -224,6 +224,7 @@ class Batches(Generic[_Request, _Result]):
             evidence=self._asker.traits(endpoint).evidence if score else None,
             copies=self._copies(endpoint) if score else 1,
             created=time.time(),
+            greedy="temperature" not in self._asker.traits(endpoint).refused,
         )
 
     def _lines(self, endpoint: Endpoint, index: int) -> list[bytes]:
@@ -396,7 +397,9 @@ class Batches(Generic[_Request, _Result]):
                 call = Call(_nothing, _NEVER, usage=answer.usage)
                 return Asker.read_text(request, answer, call)
             if job.copies == 1:
-                return read_score(request, job.endpoint, job.evidence or "texts", bodies[0])
+                return read_score(
+                    request, job.endpoint, job.evidence or "texts", bodies[0], greedy=job.greedy
+                )
             answers = [read_answer(body, job.endpoint) for body in bodies]
             usage = sum((answer.usage for answer in answers), Usage())
             values, samples = read_texts([c.text for a in answers for c in a.choices], request.candidates)

@@ -15,7 +15,10 @@ from .base import Evidence, Journal
 
 @dataclass
 class Job:
-    """One batch as the journal knows it; ``batch`` is ``None`` until the provider has accepted it."""
+    """One batch as the journal knows it; ``batch`` is ``None`` until the provider has accepted it.
+
+    Not ``greedy`` where the server takes no temperature, so that tokens are drawn.
+    """
 
     name: str
     endpoint: Endpoint
@@ -27,6 +30,7 @@ class Job:
     batch: str | None = None
     created: float = 0.0
     delivered: list[str] = field(default_factory=list)
+    greedy: bool = True
 
     def save(self, journal: Journal) -> None:
         """Write the entry."""
