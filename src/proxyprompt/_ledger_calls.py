@@ -92,16 +92,38 @@ def set_aside(connection: sqlite3.Connection, where: str = "1") -> int:
 
     The sums were made when the rows were sound, so they are kept; the rows themselves prove nothing any more.
     """
-    found = connection.execute(f"SELECT id FROM attempt WHERE ({where}) AND {DAMAGED}").fetchall()
-    if not found:
+    if not connection.execute(f"SELECT 1 FROM attempt WHERE ({where}) AND {DAMAGED} LIMIT 1").fetchone():
         return 0
-    # A row deleted by its damaged key would leave an entry of the index behind.
-    connection.execute("REINDEX attempt")
     sums = connection.execute("SELECT * FROM spent").fetchall()
     columns = ", ".join(CALL_COLUMNS)
-    copy = f"INSERT INTO attempt_quarantine SELECT ?, {columns} FROM attempt WHERE id = ?"
-    connection.executemany(copy, [(time.time(), number) for (number,) in found])
-    connection.executemany("DELETE FROM attempt WHERE id = ?", found)
+    # All of them, wherever the index says they are: in what was found the two may disagree.
+    copy = f"INSERT INTO attempt_quarantine SELECT ?, {columns} FROM attempt NOT INDEXED WHERE {DAMAGED}"
+    moved = connection.execute(copy, (time.time(),)).rowcount
+    _keep_sound(connection)
     connection.execute("DELETE FROM spent")
     connection.executemany("INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?)", sums)
-    return len(found)
+    return moved
+
+
+def _keep_sound(connection: sqlite3.Connection) -> None:
+    """Make the table, its indexes and triggers anew, without the damaged rows.
+
+    Deleting them is not enough. A row of damaged number stands where no search finds it, not even the one for its deletion,
+    and sends searches for sound ones astray; a row of damaged key leaves an entry of the index behind.
+    """
+    [(table,), *others] = connection.execute(
+        "SELECT sql FROM sqlite_master WHERE tbl_name = 'attempt' AND sql IS NOT NULL ORDER BY type != 'table'"
+    ).fetchall()
+    last = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'attempt'").fetchone()[0]
+    connection.execute("ALTER TABLE attempt RENAME TO attempt_old")
+    connection.execute(table)
+    connection.execute(f"INSERT INTO attempt SELECT * FROM attempt_old NOT INDEXED WHERE NOT ({DAMAGED})")
+    connection.execute("DROP TABLE attempt_old")
+    for (statement,) in others:
+        connection.execute(statement)
+    # Numbers of calls are never used again.
+    connection.execute("DELETE FROM sqlite_sequence WHERE name = 'attempt'")
+    connection.execute(
+        "INSERT INTO sqlite_sequence SELECT 'attempt', max(coalesce(?, 0), coalesce(max(id), 0)) FROM attempt",
+        (last,),
+    )

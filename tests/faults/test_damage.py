@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxyprompt.errors import BackendError, LedgerError
+from proxyprompt.errors import BackendError, LedgerCorruptError, LedgerError
 from proxyprompt.ledger import Ledger
 from proxyprompt.ledger_care import verify
 from proxyprompt.metering import Meter
@@ -164,6 +164,66 @@ def test_one_bit_of_the_books(closed: Path, tally: Counter[str], long: bool) -> 
         tally["injected"] += 1
         shutil.rmtree(copy)
     assert tally["noticed"] > tally["injected"] / 5
+
+
+def _parts(path: Path) -> tuple[int, list[str]]:
+    """The last number given to a call, and the names of the table of calls, its indexes and triggers."""
+    with sqlite3.connect(path) as connection:
+        names = connection.execute(
+            "SELECT name FROM sqlite_master WHERE tbl_name = 'attempt' ORDER BY 1"
+        ).fetchall()
+        [(last,)] = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'attempt'").fetchall()
+    connection.close()
+    return last, [name for (name,) in names]
+
+
+def test_one_bit_of_the_number_of_a_call(closed: Path, tally: Counter[str], long: bool) -> None:
+    """Its row then stands where no search finds it; it is set aside all the same, and the others are as they were."""
+    with Ledger(closed / "l.db", create=False) as ledger:
+        truth = ledger.totals()
+    last, names = _parts(closed / "l.db")
+    with sqlite3.connect(closed / "l.db") as connection:
+        places = connection.execute("SELECT id, sha256 FROM attempt").fetchall()
+        tokens = dict(connection.execute("SELECT id, prompt_tokens FROM attempt"))
+        size = connection.execute("PRAGMA page_size").fetchone()[0]
+    connection.close()
+    whole = (closed / "l.db").read_bytes()
+    # A row of a page: its length in two bytes, its number in one, the length of the list of types, then the types.
+    heads = []
+    for start in {whole.index(mark) // size * size for _, mark in places}:
+        n_rows = int.from_bytes(whole[start + 3 : start + 5])
+        heads += [
+            start + int.from_bytes(whole[start + k : start + k + 2]) for k in range(8, 8 + 2 * n_rows, 2)
+        ]
+    assert sorted(whole[head + 2] for head in heads) == [number for number, _ in places]
+    for head in heads if long else heads[::5]:
+        for bit in range(16):
+            data = bytearray(whole)
+            data[head + 2 + bit // 8] ^= 1 << bit % 8
+            copy = closed.with_name("numbers")
+            copy.mkdir(mode=0o700)
+            (copy / "l.db").write_bytes(data)
+            tally["injected"] += 1
+            with warnings.catch_warnings(), Ledger(copy / "l.db", create=False) as ledger:
+                warnings.simplefilter("ignore", RuntimeWarning)
+                try:
+                    left = ledger.totals()
+                except LedgerCorruptError:  # the list of types may now be longer than the row
+                    assert bit > 6
+                    shutil.rmtree(copy)
+                    continue
+                assert ledger.quarantined == 1
+                assert left.done + left.failed + left.unknown == truth.done + truth.failed + truth.unknown - 1
+                assert truth.prompt_tokens - left.prompt_tokens == tokens[whole[head + 2]]
+                problems = [one.problem for one in verify(ledger).damage if one.table in ("file", "attempt")]
+                assert problems == []
+                numbers = ledger.reserve([key_of(0)], run="r", stage="s", role="proxy", model="m")
+                assert numbers == [last + 1]
+                ledger.mark_sent(numbers)
+                assert ledger.totals(run="r").open == 1
+            assert _parts(copy / "l.db") == (last + 1, names)
+            tally["set aside"] += 1
+            shutil.rmtree(copy)
 
 
 def test_one_bit_of_the_file(closed: Path, tally: Counter[str], long: bool) -> None:

@@ -394,3 +394,24 @@ def test_a_file_that_an_earlier_version_works_with_is_not_migrated(tmp_path: Pat
     assert not list(tmp_path.glob("*.backup*"))
     with Ledger(path) as ledger:
         assert verify(ledger).sound
+
+
+def test_others_go_on_while_damaged_calls_are_set_aside(tmp_path: Path) -> None:
+    """The table is made anew then, under the hands of whoever has the file open."""
+    path = tmp_path / "l.db"
+    ids = fill(path)
+    with Ledger(path) as one, Ledger(path) as other:
+        assert other.totals(run="r").done == N // 2
+        [mine] = other.reserve([key_of(50)], run="r", stage="s", role="target", model="m")
+        other.mark_sent([mine])
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE attempt SET model = 'n' WHERE id = ?", (ids[0],))
+        connection.close()
+        with pytest.warns(RuntimeWarning, match="1 calls in"):
+            assert one.totals(run="r").done == N // 2 - 1
+        other.record([Answer(mine, key_of(50), "{}", Usage(5, 1))])
+        [later] = other.reserve([key_of(51)], run="r", stage="s", role="target", model="m")
+        assert later == mine + 1
+        assert one.totals(run="r").done == N // 2
+        with pytest.raises(BudgetExceededError):
+            other.reserve([key_of(52)], run="r", stage="s", role="target", model="m", limits=Limits(N))
