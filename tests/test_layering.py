@@ -53,6 +53,7 @@ LEVEL: dict[str, float] = {
     "_journal": 9.5,
     "ledger": 9,
     "_purchase": 9.5,
+    "_call_amounts": 9.7,
     "ledger_care": 9.5,
     "_query_use": 10,
     "metering": 10,

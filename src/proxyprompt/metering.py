@@ -10,17 +10,15 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
-from decimal import ROUND_CEILING, Decimal
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from ._call_amounts import CallAmounts
 from ._journal import LedgerJournal, MemoryJournal, identity_hash
-from ._purchase import GENERATE, SCORE, A, Announcer, Kind, Purchase, Q, Terms
-from ._token_bounds import likely_tokens, most_completion, most_tokens, n_bytes
+from ._purchase import GENERATE, SCORE, A, Announcer, Kind, Purchase, Q
 from .backends.base import (
     Backend,
     BatchStatus,
@@ -29,7 +27,6 @@ from .backends.base import (
     Generator,
     Journal,
     OnTokens,
-    Planner,
     Scorer,
     ScoreRequest,
     ScoreResult,
@@ -38,8 +35,7 @@ from .backends.base import (
     masks_units,
 )
 from .errors import BackendError, InputError, LedgerCorruptError
-from .ledger import PICO, CallRole, Claim, Ledger, Limits, RequestKeys
-from .money import call_bound, call_cost
+from .ledger import CallRole, Claim, Ledger, Limits, RequestKeys
 from .prices import Price
 
 __all__ = ["Meter", "MeterStats", "Progress", "StageStats"]
@@ -138,38 +134,16 @@ class Meter:
         self.run = run
         self._limits = limits
         self._on_tokens = on_tokens
-        self._price = price
+        self._amounts = CallAmounts(backend, limits, price)
         self._patience = patience
         self._lock = threading.Lock()
-        self._plans = isinstance(backend, Planner)
         self._counts: dict[str, dict[str, Any]] = {}
         self._had: set[str] = set()
-        self._bytes = self._prompt_tokens = 0
-        self._excess = Decimal(1)
         if limits is not None and limits.max_money is not None:
-            self._require_price(limits.currency)
             assert ledger is not None  # checked above
             # Earlier calls of this run may have been made while no price was known.
-            ledger.price_earlier(
-                run, role, backend.name, limits.currency, lambda usage: self._cost(usage) or 0
-            )
-
-    def _require_price(self, currency: str) -> None:
-        price, name = self._price, self.backend.name
-        if price is None:
-            raise InputError(
-                f"max_money is set, and {name} has no price; a limit on money cannot be kept without one.",
-                hint="Give the price ([price] input_per_million and output_per_million), or limit calls or tokens.",
-            )
-        call_bound(1, 1, price)  # refuses a price without completion tokens
-        if price.currency != currency:
-            if not call_bound(1, 1, price):
-                self._price = replace(price, currency=currency)  # nothing is nothing in any currency
-                return
-            raise InputError(
-                f"max_money is in {currency}, but the price of {name} is in {price.currency}.",
-                hint="Give the limit in the currency of the price.",
-            )
+            cost = self._amounts.cost
+            ledger.price_earlier(run, role, backend.name, limits.currency, lambda usage: cost(usage) or 0)
 
     @property
     def limits(self) -> Limits | None:
@@ -179,12 +153,12 @@ class Meter:
     @property
     def price(self) -> Price | None:
         """What the model charges, if that is known."""
-        return self._price
+        return self._amounts.price
 
     @property
     def in_batch(self) -> bool:
         """Whether calls are billed as batches."""
-        return bool(getattr(self.backend, "batch", False))
+        return self._amounts.in_batch
 
     def recorded(
         self, requests: Sequence[ScoreRequest] | Sequence[GenerateRequest], *, repeat: int = 0
@@ -316,7 +290,7 @@ class Meter:
                     list(claim.attempts.values()),
                     self.ledger,
                     document,
-                    self._terms(),
+                    self._amounts.terms(),
                 )
 
                 def accept(block: list[tuple[int, A, bool]], names: list[str] = bought) -> None:
@@ -366,7 +340,7 @@ class Meter:
                 written.append(purchase.take(block))
                 block = None
                 for index, result, _ in written[-1][0]:
-                    self._learn(purchase.requests[index], result.usage)
+                    self._amounts.learn(purchase.requests[index], result.usage)
                 while written and purchase.on_disk(written[0][1]):
                     accept(written.popleft()[0])
             purchase.finish()
@@ -458,83 +432,14 @@ class Meter:
     ) -> Claim:
         if self.ledger is None:
             return Claim(dict.fromkeys(range(len(keys)), 0), ())
-        limits, tokens, money = self._limits, None, None
-        if limits is not None and (limits.max_tokens, limits.max_money) != (None, None):
-            likely = [self._likely(request) for request in requests]
-            tokens = [prompt + completion for prompt, completion in likely]
-            money = [self._amount(*pair) for pair in likely]
-        currency = self._price.currency if self._price is not None else ""
+        tokens, money = self._amounts.planned(requests)
         terms: dict[str, Any] = {
-            "run": self.run, "stage": stage, "role": self.role, "model": self.backend.name, "limits": limits,
-            "tokens": tokens, "money": money, "currency": currency,
+            "run": self.run, "stage": stage, "role": self.role, "model": self.backend.name, "limits": self._limits,
+            "tokens": tokens, "money": money, "currency": self._amounts.currency,
         }  # fmt: skip
         if force:
             return Claim(dict(enumerate(self.ledger.reserve(keys, **terms))), ())
         return self.ledger.claim(keys, **terms)
-
-    def _terms(self) -> Terms:
-        limits = self._limits if self._limits is not None and self._limits.any else None
-        counted = limits is not None and (limits.max_tokens, limits.max_money) != (None, None)
-        # A local model's tokenizer is not asked about every prompt for the sake of a price of nothing.
-        if not counted and (self._price is None or not self._amount(1, 1)):
-            return Terms(limits)
-        return Terms(limits, self._most, self._cost)
-
-    def _likely(self, request: ScoreRequest | GenerateRequest) -> tuple[int, int]:
-        """Prompt and completion tokens that a call will probably take."""
-        with self._lock:
-            per_byte = self._prompt_tokens / self._bytes if self._bytes and self._prompt_tokens else None
-        prompt = likely_tokens(request.prompt, self.backend, per_byte)
-        if isinstance(request, GenerateRequest):
-            return prompt, request.max_tokens
-        return prompt, max((likely_tokens(candidate) for candidate in request.candidates), default=0)
-
-    def _most(self, request: ScoreRequest | GenerateRequest) -> tuple[int, int]:
-        """Tokens and money that a call may take at most."""
-        prompt = int(
-            (most_tokens(request.prompt, self.backend) * self._excess).to_integral_value(ROUND_CEILING)
-        )
-        completion = most_completion(request, self.backend)
-        return prompt + completion, self._amount(prompt, completion)
-
-    def _amount(self, prompt_tokens: int, completion_tokens: int) -> int:
-        if self._price is None:
-            return 0
-        if self._price.rates.output is None:
-            # Without a limit on money this is for information, and what is not known is left out.
-            completion_tokens, price = (
-                0,
-                replace(self._price, rates=replace(self._price.rates, output=Decimal(0))),
-            )
-        else:
-            price = self._price
-        return _picos(call_bound(prompt_tokens, completion_tokens, price, batch=self.in_batch))
-
-    def _cost(self, usage: Usage) -> int | None:
-        if self._price is None:
-            return None
-        cost = call_cost(usage, self._price, batch=self.in_batch)
-        return None if cost is None else _picos(cost)
-
-    def _learn(self, request: ScoreRequest | GenerateRequest, usage: Usage) -> None:
-        """Keep in mind how many tokens a byte makes, and whether a bound was too low."""
-        if self._plans or not usage.prompt_tokens:
-            return
-        most = most_tokens(request.prompt)
-        with self._lock:
-            self._bytes += n_bytes(request.prompt)
-            self._prompt_tokens += usage.prompt_tokens
-            if usage.prompt_tokens <= most * self._excess:
-                return
-            self._excess = Decimal(usage.prompt_tokens) / most
-        if self._limits is None or (self._limits.max_tokens, self._limits.max_money) == (None, None):
-            return
-        warnings.warn(
-            f"{self.backend.name} counts {usage.prompt_tokens} tokens for a prompt of at most {most} by its bytes; from"
-            " now on more is set aside for each call.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
     def _count_bought(self, stage: str, block: list[tuple[int, A, bool]]) -> None:
         self._count(
@@ -586,11 +491,3 @@ def _hand_on(
         new, ticket = written.popleft()
         purchase.wait_for_disk(ticket)
         accept(new)
-
-
-def _picos(amount: Decimal) -> int:
-    return min(int((amount * PICO).to_integral_value(ROUND_CEILING)), _MOST_MONEY)
-
-
-_MOST_MONEY = 10**6 * PICO
-"""For one call: no limit is as high (see ``Limits``), and SQLite has room for it."""
