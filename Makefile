@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
-# Tests run in this many processes.
+# The tests of the core run in this many processes.
 JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
@@ -22,10 +22,11 @@ demo: $(VENV)/.demo
 test:
 	$(MAKE) -j3 $(VENV)/.dev $(NEWEST)/.done $(OLDEST)/.done
 	$(MAKE) test-core
-	$(MAKE) -j$(JOBS) --output-sync=target test-newest test-oldest test-wheels
+	$(MAKE) -j3 --output-sync=target test-newest test-oldest test-wheels
 
+# In the order of the folders: the files with few tests are the slow ones, and must not come last.
 test-core: $(VENV)/.dev
-	$(BIN)/python -m pytest tests src --doctest-modules -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest tests src --doctest-modules -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The long run of the fault suite; its short run is part of make test.
 faults: $(VENV)/.dev

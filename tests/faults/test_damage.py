@@ -210,6 +210,7 @@ def test_one_bit_of_the_number_of_a_call(closed: Path, tally: Counter[str], long
                     left = ledger.totals()
                 except LedgerCorruptError:  # the list of types may now be longer than the row
                     assert bit > 6
+                    tally["LedgerCorruptError"] += 1
                     shutil.rmtree(copy)
                     continue
                 assert ledger.quarantined == 1
