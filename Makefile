@@ -28,6 +28,9 @@ test:
 test-core: $(VENV)/.dev
 	$(BIN)/python -m pytest tests src --doctest-modules -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# One thread each: with as many processes as cores, more only wait for one another.
+test-core test-newest test-oldest: export OMP_NUM_THREADS = 1
+
 # The long run of the fault suite; its short run is part of make test.
 faults: $(VENV)/.dev
 	$(BIN)/python benchmarks/faults/run.py
