@@ -87,9 +87,7 @@ class CallAmounts:
         if not self._limited:
             return None, None
         likely = [self._likely(request) for request in requests]
-        return [prompt + completion for prompt, completion in likely], [
-            self._amount(*pair) for pair in likely
-        ]
+        return [sum(pair) for pair in likely], [self._amount(*pair) for pair in likely]
 
     def cost(self, usage: Usage) -> int | None:
         """What a call has cost; ``None`` where that is not known."""
@@ -136,16 +134,12 @@ class CallAmounts:
         return prompt + completion, self._amount(prompt, completion)
 
     def _amount(self, prompt_tokens: int, completion_tokens: int) -> int:
-        if self.price is None:
+        price = self.price
+        if price is None:
             return 0
-        if self.price.rates.output is None:
+        if price.rates.output is None:
             # Without a limit on money this is for information, and what is not known is left out.
-            completion_tokens, price = (
-                0,
-                replace(self.price, rates=replace(self.price.rates, output=Decimal(0))),
-            )
-        else:
-            price = self.price
+            completion_tokens, price = 0, replace(price, rates=replace(price.rates, output=Decimal(0)))
         return _picos(call_bound(prompt_tokens, completion_tokens, price, batch=self.in_batch))
 
 

@@ -12,9 +12,9 @@ def llama_server(
 ) -> Iterator[str]:
     """Base URL, by default of the shipped 4-bit weights; one thread.
 
-    Log-probabilities move a little, by up to a tenth of a nat, with what the prefix cache holds, because rounding differs
-    with the number of tokens that are computed at once. ``repeatable`` computes one token at a time: a third slower,
-    and the same prompt always gets the same numbers.
+    Log-probabilities move a little with what the prefix cache holds, because rounding differs with the number of tokens
+    that are computed at once. ``repeatable`` computes one token at a time: slower, and the same prompt always gets the
+    same numbers.
     """
     import xllamacpp
 
